@@ -1,0 +1,546 @@
+"""The model, the flow and the noise: everything that both training stages and the sampler share.
+
+Read from the top: the interpolant and its coefficients, the noise schedule, the DiT, then what a
+vocabulary of 50,000 asks for (noise drawn in the embedding, losses and soft embeddings in chunks).
+
+Conventions, everywhere in this project (equation numbers: Discrete Flow Maps, arXiv 2604.09784):
+
+    time 0 is noise, time 1 is data, 0 <= s <= u <= t <= 1
+    x0 noise, x1 data (one-hot rows), x_t = alpha_t x0 + beta_t x1, all of shape (B, L, V), never built
+    y = x W, of shape (B, L, D): the only form in which the network sees x (W is `model.embedding`)
+    psi_st = softmax(z_st): the mean denoiser, a distribution over V tokens at each position
+    times are tensors of shape (B, 1), one a row, or (B, L), one a position
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from prepare_data import UserError
+
+# ------------------------------------------------------------------------------------------------
+# The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47) and every coefficient that the flow needs.
+
+
+class Interpolant(NamedTuple):
+    """A path between noise and data, and the coefficients derived from it, each in one place.
+
+    Two antisymmetric combinations carry all of them, and stay finite at both ends:
+
+        Delta_st = alpha_s beta_t - alpha_t beta_s          linear: t - s
+        Wr_t     = alpha_t beta'_t - alpha'_t beta_t        linear: 1        (the Wronskian)
+
+    With r = beta / alpha, Delta_st = alpha_s alpha_t (r_t - r_s) and Wr_t = alpha_t^2 r'_t. All
+    methods are elementwise in tensors of times in [0, 1].
+    """
+
+    alpha: Callable
+    beta: Callable
+    d_alpha: Callable
+    d_beta: Callable
+    delta: Callable
+    wronskian: Callable
+    time_of: Callable  # the time t at which beta_t / alpha_t = b / (1 - b), for b in [0, 1]
+
+    def Gamma(self, s, t):
+        """Gamma_st = alpha_t / alpha_s (50), for s < 1."""
+        return self.alpha(t) / self.alpha(s)
+
+    def Xi(self, s, t):
+        """Xi_st = beta_t - Gamma_st beta_s (50), for s < 1."""
+        return self.delta(s, t) / self.alpha(s)
+
+    def omega(self, s, u, t):
+        """The semigroup weight omega = Gamma_ut Xi_su / Xi_st (23, 64), for s < t and u < 1."""
+        return self.alpha(t) * self.delta(s, u) / (self.alpha(u) * self.delta(s, t))
+
+    def eulerian(self, s, t):
+        """The pair (a, b) with 1 - delta / kappa proportional to a - b delta (33, 43, 70).
+
+        1/kappa = Xi_st / (Gamma_st lambda_s) = b / a, where a = alpha_t Wr_s and b = alpha_s Delta_st;
+        linear: a = 1 - t, b = (1 - s)(t - s).
+        """
+        return self.alpha(t) * self.wronskian(s), self.alpha(s) * self.delta(s, t)
+
+    def flow_map(self, x, psi, s, t):
+        """X_st(x) = Gamma_st x + Xi_st psi_st (18, 50); x and psi (B, L, *), in tokens or embedded."""
+        return self.Gamma(s, t)[..., None] * x + self.Xi(s, t)[..., None] * psi
+
+    def drift(self, x, psi, t):
+        """b_t(x) = (alpha'_t x + Wr_t psi_tt) / alpha_t (52), for t < 1; linear: (psi_tt - x)/(1 - t)."""
+        return (self.d_alpha(t)[..., None] * x + self.wronskian(t)[..., None] * psi) / self.alpha(t)[..., None]
+
+
+HALF_PI = math.pi / 2
+INTERPOLANTS = {
+    "linear": Interpolant(
+        alpha=lambda t: 1 - t,
+        beta=lambda t: t,
+        d_alpha=lambda t: -torch.ones_like(t),
+        d_beta=lambda t: torch.ones_like(t),
+        delta=lambda s, t: t - s,
+        wronskian=lambda t: torch.ones_like(t),
+        time_of=lambda b: b,
+    ),
+    "trigonometric": Interpolant(
+        alpha=lambda t: torch.cos(HALF_PI * t),
+        beta=lambda t: torch.sin(HALF_PI * t),
+        d_alpha=lambda t: -HALF_PI * torch.sin(HALF_PI * t),
+        d_beta=lambda t: HALF_PI * torch.cos(HALF_PI * t),
+        delta=lambda s, t: torch.sin(HALF_PI * (t - s)),
+        wronskian=lambda t: HALF_PI * torch.ones_like(t),
+        time_of=lambda b: torch.atan2(b, 1 - b) / HALF_PI,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# The noise schedule (36): how fast the path is walked. It is a law over times, in training and in the
+# sampler's grid, and appears in no identity.
+
+
+def argmax_accuracy(ratio, vocab_size):
+    """P(argmax of x_t is the token) when beta/alpha = ratio: the integral of phi(z) Phi(z + ratio)^(V-1).
+
+    `ratio`: float64 tensor (n,), non-negative. Trapezoid rule on 4,001 points of z in [-10, 10], where
+    the integrand is smooth and vanishes at the ends, so that the rule is exact to rounding.
+    """
+    z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    log_density = -0.5 * z**2 - 0.5 * math.log(2 * math.pi)
+    power = (vocab_size - 1) * torch.special.log_ndtr(z + ratio[:, None])
+    return torch.trapezoid((log_density + power).exp(), z, dim=-1).clamp(max=1)
+
+
+def schedule_table(kind, vocab_size, blend):
+    """Pairs (tau, b): uniform progress tau and the weight b = beta/(alpha+beta) of the data, float64 (n,), rising.
+
+    "linear": b = tau. "argmax": P(b) = 1/V + tau (1 - 1/V), blended: lambda b(tau) + (1 - lambda) tau.
+    """
+    b = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    if kind == "linear":
+        return b, b
+    accuracy = argmax_accuracy(b[:-1] / (1 - b[:-1]), vocab_size)
+    tau = torch.cat([(accuracy - 1 / vocab_size) / (1 - 1 / vocab_size), torch.ones(1, dtype=torch.float64)])
+    rising = torch.cat([torch.ones(1, dtype=torch.bool), tau[1:] > tau.cummax(0).values[:-1]])
+    rising[-1] = True  # the end stays: P rounds to 1 a little before b = 1
+    tau, b = tau[rising].clamp(0, 1), b[rising]
+    tau[0], tau[-1] = 0, 1
+    return tau, blend * b + (1 - blend) * tau
+
+
+# ------------------------------------------------------------------------------------------------
+# The network: the paper's DiT. It maps an embedded state y and two times to hidden vectors h, and
+# logits are z_st = h @ head.T: the head is applied by the functions further down, in chunks.
+
+# Where a size is known by name, it is in this table. base is the paper's 170M at V = 50,257.
+SIZES = {
+    "tiny": dict(layers=4, width=128, heads=4),
+    "small": dict(layers=6, width=384, heads=6),
+    "base": dict(layers=12, width=768, heads=12),
+}
+SCHEDULES = ("argmax", "linear")
+
+
+@dataclass
+class ModelConfig:
+    """What fixes a model's shape and its path; stored in every checkpoint."""
+
+    vocab_size: int
+    seq_len: int
+    layers: int
+    width: int
+    heads: int
+    time_width: int = 128
+    interpolant: str = "linear"
+    schedule: str = "argmax"
+    schedule_blend: float = 0.9
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B, 1 or L) -> features (B, 1 or L, width). Frequencies of 1 to 8 rad per unit time.
+
+    Smooth on purpose: the Eulerian loss takes the derivative in time, and with the usual sinusoids of
+    up to 1,000 rad that derivative is noise.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 3, width // 2, base=2), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def features(self, t):
+        angles = t[..., None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+    def forward(self, t):
+        return self.mlp(self.features(t))
+
+
+def attention(q, k, v, tangent):
+    """Bidirectional attention, q, k, v of shape (B, heads, L, width / heads).
+
+    The one place that knows which kernel has which derivative: the fused ones of PyTorch 2.11 to 2.13
+    have no forward mode, so a dual pass (`tangent`) takes matmul, softmax, matmul.
+    """
+    if not tangent:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (B, heads, L, d), pairing feature i with feature i + d/2."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.heads = config.width, config.heads
+        self.norm = nn.LayerNorm(D, elementwise_affine=False)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+        self.modulation = nn.Linear(config.time_width, 6 * D)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h, time, cos, sin, tangent):
+        B, L, D = h.shape
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)  # (B, 1 or L, D) each
+        q, k, v = self.qkv(self.norm(h) * (1 + scale_a) + shift_a).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        a = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, tangent)  # (B, heads, L, D / heads)
+        h = h + gate_a * self.out(a.transpose(1, 2).reshape(B, L, D))
+        return h + gate_m * self.mlp(self.norm(h) * (1 + scale_m) + shift_m)
+
+
+class DiT(nn.Module):
+    """The diffusion transformer of the paper, with two times."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        V, D = config.vocab_size, config.width
+        self.path = INTERPOLANTS[config.interpolant]
+        tau, b = schedule_table(config.schedule, V, config.schedule_blend)
+        self.schedule_tau, self.schedule_time = tau, self.path.time_of(b)  # float64, on the CPU
+
+        self.embedding = nn.Parameter(torch.randn(V, D) / V**0.5)  # W; scaled so that y0 = x0 W has unit variance
+        self.time_s, self.time_t = TimeEmbedding(config.time_width), TimeEmbedding(config.time_width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(D, elementwise_affine=False)
+        self.final_modulation = nn.Linear(config.time_width, 2 * D)
+        self.head = nn.Parameter(torch.zeros(V, D))
+        nn.init.zeros_(self.final_modulation.weight)
+        nn.init.zeros_(self.final_modulation.bias)
+        # The learned weight of the distillation loss, a function of the two times: zero at the start.
+        self.loss_weight = nn.Sequential(nn.Linear(2 * config.time_width, config.time_width), nn.SiLU(), nn.Linear(config.time_width, 1))
+        nn.init.zeros_(self.loss_weight[-1].weight)
+        nn.init.zeros_(self.loss_weight[-1].bias)
+
+        half = D // config.heads // 2
+        angles = torch.arange(config.seq_len)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, y, s, t, tangent=False):
+        """Hidden vectors h_st (B, L, D) of the mean denoiser psi_st = softmax(h_st @ head.T).
+
+        y: (B, L, D), the embedded state at time s. s, t: (B, 1) or (B, L), 0 <= s <= t <= 1.
+        tangent: True inside a forward-mode derivative, see `attention`.
+        """
+        time = F.silu(self.time_s(s) + self.time_t(t))  # (B, 1 or L, time_width)
+        L = y.shape[1]
+        h = y
+        for block in self.blocks:
+            h = block(h, time, self.cos[:L], self.sin[:L], tangent)
+        shift, scale = self.final_modulation(time).chunk(2, -1)
+        return self.final_norm(h) * (1 + scale) + shift
+
+    def log_weight(self, s, t):
+        """The learned weight w(s, t) of the distillation loss exp(-w) loss + w: times (B, 1 or L) -> the same shape."""
+        return self.loss_weight(torch.cat([self.time_s.features(s), self.time_t.features(t)], -1)).squeeze(-1)
+
+    def derivative(self, y, s, t, dy, ds, dt):
+        """One dual pass: h_st with its ordinary graph, and its derivative along (dy, ds, dt), detached.
+
+        With dy = b_s(y), ds = 1, dt = 0 this is D_s of the Eulerian identity (25).
+        """
+        with forward_ad.dual_level():
+            dual = self(*(forward_ad.make_dual(a, da.to(a.dtype)) for a, da in ((y, dy), (s, ds), (t, dt))), tangent=True)
+            h, dh = forward_ad.unpack_dual(dual)
+        return h, dh.detach()
+
+    # --- noise, in the embedding (V-sized states are never built) ---
+
+    @property
+    def noise_size(self):
+        """The length of the standard normal vector behind one token's noise.
+
+        D where the vocabulary is large. Where V <= 2 D the V-vector itself is drawn: it is small, and
+        W^T W is singular for V < D and badly conditioned just above.
+        """
+        V, D = self.config.vocab_size, self.config.width
+        return V if V <= 2 * D else D
+
+    def embed_noise(self, xi):
+        """y0 = x0 W for x0 ~ N(0, I) in R^V, from xi ~ N(0, I) of shape (B, L, noise_size); (B, L, D).
+
+        x0 W ~ N(0, W^T W) exactly, so y0 = xi C^T with C C^T = W^T W, differentiably in W. The jitter,
+        1e-6 of the mean eigenvalue, adds noise far below what float32 leaves in the factor.
+        """
+        W = self.embedding
+        if self.noise_size == len(W):
+            return xi @ W
+        with torch.autocast(W.device.type, enabled=False):
+            gram = W.T @ W
+            jitter = 1e-6 * gram.diagonal().mean().detach() * torch.eye(len(gram), dtype=W.dtype, device=W.device)
+            return xi @ torch.linalg.cholesky(gram + jitter).T
+
+    def interpolate(self, xi, tokens, t):
+        """y_t = alpha_t x0 W + beta_t W[token] (37): tokens (B, L), t (B, 1) or (B, L) -> (B, L, D)."""
+        return self.path.alpha(t)[..., None] * self.embed_noise(xi) + self.path.beta(t)[..., None] * self.embedding[tokens]
+
+    def times(self, tau):
+        """Uniform progress tau in [0, 1], any shape, float64 on the CPU -> times of the path, float64."""
+        knots, values = self.schedule_tau, self.schedule_time
+        right = torch.searchsorted(knots, tau.clamp(0, 1).contiguous()).clamp(1, len(knots) - 1)
+        share = (tau - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return values[right - 1] + share.clamp(0, 1) * (values[right] - values[right - 1])
+
+    # --- the head, in chunks of rows ---
+
+    def soft_embedding(self, h):
+        """psi W for psi = softmax(h @ head.T): (B, L, D) -> (B, L, D), without a gradient."""
+        flat, parts = h.detach().flatten(0, -2), []
+        with torch.no_grad():
+            for rows in chunks(len(flat), len(self.head)):
+                parts.append(softmax(wide(flat[rows] @ self.head.T)).to(self.embedding.dtype) @ self.embedding)
+        return torch.cat(parts).view(h.shape)
+
+    def argmax(self, h):
+        """The most probable token of psi = softmax(h @ head.T): (B, L, D) -> (B, L), int64."""
+        flat = h.detach().flatten(0, -2)
+        with torch.no_grad():
+            parts = [(flat[rows] @ self.head.T).argmax(-1) for rows in chunks(len(flat), len(self.head))]
+        return torch.cat(parts).view(h.shape[:-1])
+
+
+def softmax(z):
+    """The link between logits and the convex set on which the mean denoiser lives: here the simplex.
+
+    For another convex set this would be the gradient of its log-partition function, and the losses
+    below the Bregman divergence that goes with it; everything else would stay.
+    """
+    return z.softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses over a vocabulary, without logits of shape (B, L, V).
+
+
+def wide(z):
+    """At least float32: bf16 logits are widened before a softmax, float64 stays."""
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+def chunks(rows, vocab_size, elements=1 << 25):
+    """Slices of `rows`, each of at most `elements` logits (128 MB in float32), at least one row."""
+    step = max(1, elements // vocab_size)
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum_i scale_i w_i loss_i over rows of hidden vectors, with gradients found in the forward pass.
+
+    Per chunk of rows: logits, divergence, its gradient g on the logits (for a cross-entropy or a
+    forward KL exactly p - q), and at once g @ head and g.T @ h. Nothing of size (rows, V) survives.
+    """
+
+    @staticmethod
+    def forward(ctx, h, head, scale, divergence, c, r):
+        grad_h = torch.empty_like(h) if h.requires_grad else None
+        grad_head = torch.zeros_like(head) if head.requires_grad else None
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        total, reports = scale.new_zeros(()), []
+        for rows in chunks(len(h), len(head)):
+            z = wide(h[rows] @ head.T)
+            report, g = divergence(z, rows)  # {"loss": (n,), ...}, (n, V)
+            adaptive = (g.square().sum(-1) + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
+            weight = scale[rows] * adaptive
+            total += (weight * report["loss"]).sum()
+            reports.append(report | {"weighted": adaptive * report["loss"]})
+            if grad_h is not None:
+                g = (weight[:, None] * g).to(dtype)
+                grad_h[rows] = g @ head
+                if grad_head is not None:
+                    grad_head += g.T @ h[rows]
+        ctx.save_for_backward(grad_h, grad_head)
+        reports = {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
+        ctx.mark_non_differentiable(*reports.values())
+        return total, tuple(reports), *reports.values()
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        grad_h, grad_head = ctx.saved_tensors
+        return grad * grad_h, None if grad_head is None else grad * grad_head, None, None, None, None
+
+
+def head_loss(h, head, scale, divergence, c, r):
+    """The sum of scale_i w_i loss_i, and a report per row, from hidden vectors h (N, D) and a head (V, D).
+
+    scale: (N,), constants. divergence(z, rows) takes logits z (n, V) of the rows `rows` (a slice) and
+    returns ({"loss": (n,), ...}, g) with g (n, V) the gradient of the loss on z. w_i is the adaptive
+    weight (45), (|g_i|^2 + c)^-r, detached. Returns a scalar, differentiable in h and head, and
+    {name: (N,)}: "loss", unweighted, "weighted" (w_i loss_i), and whatever else the divergence reports.
+    """
+    total, names, *reports = HeadLoss.apply(h, head, scale, divergence, c, r)
+    return total, dict(zip(names, reports, strict=True))
+
+
+def cross_entropy(tokens):
+    """The diagonal's divergence: -log psi(token) (22), for tokens (N,)."""
+
+    def divergence(z, rows):
+        log_p, target = z.log_softmax(-1), tokens[rows, None]
+        loss = -log_p.gather(-1, target).squeeze(-1)
+        return {"loss": loss}, log_p.exp_().scatter_add_(-1, target, -torch.ones_like(loss)[:, None])
+
+    return divergence
+
+
+def kl(teacher):
+    """KL(q || psi) (27, 31, 35) for a teacher(z, rows) -> (log q of shape (n, V), {name: (n,)}), z the student's logits."""
+
+    def divergence(z, rows):
+        log_q, report = teacher(z, rows)
+        log_p, q = z.log_softmax(-1), log_q.exp()
+        # q log q is 0 where q underflows, even if log q is -inf
+        report["loss"] = (q * (log_q.clamp(min=-1e4) - log_p)).sum(-1)
+        report["teacher_entropy"] = -(q * log_q.clamp(min=-1e4)).sum(-1)
+        return report, log_p.exp_().sub_(q)
+
+    return divergence
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness: a function of (seed, step, row of the global batch), so that the number of ranks, of
+# micro-batches and of samples at once changes no number, and resuming needs no saved generator.
+
+
+class Draw:
+    """The random numbers of some rows of one step's global batch.
+
+    rows: int array (n,), indices into the global batch. Each call draws fresh numbers; the same
+    sequence of calls gives a row the same numbers whoever asks, and whatever rows come with it.
+    """
+
+    def __init__(self, seed, step, rows, device, calls=0):
+        self.seed, self.step, self.rows, self.device, self.calls = seed, step, np.asarray(rows), device, calls
+        self.generator = torch.Generator(device=device)
+
+    def part(self, mask):
+        """The same draw for the rows where the bool array `mask` (n,) holds."""
+        return Draw(self.seed, self.step, self.rows[mask], self.device, self.calls)
+
+    def normal(self, *shape):
+        """Standard normals, float32 (n, *shape) on the device."""
+        self.calls += 1
+        out = torch.empty(len(self.rows), *shape, device=self.device)
+        for row, index in zip(out, self.rows.tolist(), strict=True):
+            state = np.random.SeedSequence([self.seed, self.step, self.calls, index]).generate_state(1, np.uint64)[0]
+            self.generator.manual_seed(int(state >> np.uint64(1)))
+            torch.randn(shape, generator=self.generator, device=self.device, out=row)
+        return out
+
+    def uniform(self, k):
+        """k uniforms a row, float64 (n, k) on the CPU, of low discrepancy over any run of rows.
+
+        A Kronecker sequence: frac(offset + row a_j), a_j = phi^-(j+1) with phi^(k+1) = phi + 1 (the
+        golden ratio for k = 1), and an offset drawn anew each step, so each number is uniform alone.
+        """
+        self.calls += 1
+        offset = np.random.default_rng([self.seed, self.step, self.calls]).random(k)
+        phi = 2.0
+        for _ in range(64):
+            phi = (1 + phi) ** (1 / (k + 1))
+        return torch.from_numpy((offset + self.rows[:, None] * phi ** -(1.0 + np.arange(k))) % 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints: one file of tensors and plain builtins.
+
+
+def build_model(config):
+    """A DiT from a ModelConfig or from the dict in a checkpoint."""
+    return DiT(config if isinstance(config, ModelConfig) else ModelConfig(**config))
+
+
+def read_checkpoint(path):
+    """The dict that a training stage wrote: model, ema, optimizer, step, model_config, meta, args; on the CPU."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train one with train_diagonal.py or distill.py, or name one with --checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "ema", "step", "model_config", "meta", "args"} - checkpoint.keys()
+    except Exception as error:  # a damaged or foreign file fails in zipfile, pickle or torch, each in its own way
+        raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}); train one anew or name another") from None
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this project")
+    return checkpoint
+
+
+def load_model(path, device="cpu", ema=True):
+    """A model ready for inference and the checkpoint's dict: (DiT in eval mode on `device`, dict).
+
+    ema: take the averaged weights (the ones to sample from) rather than the last ones.
+    Raises UserError for a file that is absent, damaged, foreign, or does not fit its own config.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        model = build_model(checkpoint["model_config"])
+        model.load_state_dict(checkpoint["ema" if ema else "model"], strict=True)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} does not fit its own model_config: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval().requires_grad_(False), checkpoint
+
+
+def config_dict(model):
+    """The model's configuration as plain builtins, for a checkpoint."""
+    return asdict(model.config)
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to run: the flags that every program with a network shares.
+
+
+def best_device():
+    """The device used where --device names none."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def machine_flags(group):
+    """--device and --dtype, shared by every program that runs the network."""
+    group.add_argument("--device", choices=["cuda", "cpu", "mps"], help="default: the best there is")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: bfloat16 on cuda)")
+
+
+def resolve_machine(args):
+    """Fill in the defaults that depend on the machine; UserError for a device that is not there."""
+    args.device = args.device or best_device()
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[args.device]:
+        raise UserError(f"--device {args.device}: there is none on this machine; try --device cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")

@@ -1,0 +1,458 @@
+"""Stage 1: train the instantaneous denoiser psi_tt, the diagonal of the flow map.
+
+    torchrun --nproc_per_node=8 train_diagonal.py                    # the paper's OpenWebText run
+    python train_diagonal.py --data data/grammar --size tiny --steps 2000 --batch-size 128
+
+Reads data/NAME (see prepare_data.py). Writes runs/NAME-diagonal/: config.json (flags, command line,
+versions), log.jsonl (one object a line) and checkpoint.pt. The objective comes first; below it is the
+one training loop that both stages use. distill.py hands it another objective and nothing else.
+
+An objective is a function
+
+    objective(model, tokens, draw) -> ({name: loss}, {name: scalar})
+
+of tokens (B, L) and a `Draw` of random numbers: the losses in order of priority, scalars to minimise
+(added up, or, under --surgery, each later one's gradient projected off the earlier ones'), and detached
+scalars for the log.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from model import (
+    INTERPOLANTS,
+    SCHEDULES,
+    SIZES,
+    Draw,
+    ModelConfig,
+    build_model,
+    config_dict,
+    cross_entropy,
+    head_loss,
+    machine_flags,
+    read_checkpoint,
+    resolve_machine,
+)
+from prepare_data import Parser, UserError, number, read_meta, run
+
+# ------------------------------------------------------------------------------------------------
+# The objective.
+
+
+def diagonal(model, tokens, draw):
+    """Cross-entropy of psi_tt(x_t) against the clean token (21, 22), weighted by (45) with r = 0.5, c = 0.01."""
+    B, L = tokens.shape
+    t = model.times(draw.uniform(1)).to(tokens.device, torch.float32)  # (B, 1), by the noise schedule
+    y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
+    h = model(y, t, t).flatten(0, 1)
+    scale = torch.full((B * L,), 1 / (B * L), device=h.device)
+    loss, report = head_loss(h, model.head, scale, cross_entropy(tokens.flatten()), c=0.01, r=0.5)
+    return {"diagonal": loss}, {"diagonal_ce": report["loss"].mean()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows of tokens, in an order that is a function of (seed, epoch).
+
+
+class TokenRows:
+    """The memory-mapped rows of data/NAME/{train,val}.bin and the order in which they are visited."""
+
+    def __init__(self, folder, split, meta):
+        path, L = Path(folder) / f"{split}.bin", meta["seq_len"]
+        expected = 2 * L * meta[f"{split}_rows"]
+        if not path.is_file() or path.stat().st_size != expected:
+            found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
+            raise UserError(f"{path}: found {found}, meta.json says {expected:,} bytes; make it anew with prepare_data.py --force")
+        self.rows = np.memmap(path, "<u2", "r", shape=(meta[f"{split}_rows"], L))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one data set lives as long as the program)
+    def order(self, seed, epoch):
+        return np.random.default_rng([seed, epoch]).permutation(len(self.rows))
+
+    def take(self, seed, positions):
+        """Tokens int64 (n, L) at positions (n,) of the endless sequence of shuffled epochs."""
+        epochs, places = np.divmod(positions, len(self.rows))
+        index = [self.order(seed, int(e))[p] for e, p in zip(epochs, places, strict=True)]
+        return torch.from_numpy(self.rows[index].astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def gradients(params, objective, model, batches, surgery):
+    """Gradients of one step: (list like params, {name: mean scalar}); every rank returns the same.
+
+    batches: an iterable of (tokens, draw), the micro-batches of this rank. The losses' means over
+    micro-batches and over ranks are added up; under `surgery` (PSD) each loss's gradient is averaged
+    first, then loses its component along an earlier one's where the two conflict.
+    """
+    batches, sums, scalars = list(batches), {}, {}
+    for tokens, draw in batches:
+        losses, report = objective(model, tokens, draw)
+        report |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        for name, loss in losses.items() if surgery else [("total", sum(losses.values()))]:
+            held = sums.setdefault(name, [None] * len(params))
+            for p, grad in zip(params, held, strict=True):
+                p.grad = grad
+            (loss / len(batches)).backward()
+            sums[name] = [p.grad for p in params]
+        for name, value in report.items():
+            scalars[name] = scalars.get(name, 0) + value / len(batches)
+    for name, grads in sums.items():
+        sums[name] = average([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
+    if surgery:
+        scalars["conflict"] = project(*sums.values())
+    parts = list(sums.values())
+    for part in parts[1:]:
+        torch._foreach_add_(parts[0], part)
+    return parts[0], scalars
+
+
+def average(tensors):
+    """Replace tensors by their mean over all ranks, in place.
+
+    Not the DistributedDataParallel wrapper: a step here makes several forward passes (one of them in
+    forward mode) and, for PSD, must see two averaged gradients before it adds them.
+    """
+    if dist.is_initialized():
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+        torch._foreach_div_(tensors, dist.get_world_size())
+    return tensors
+
+
+def project(first, second):
+    """Gradient surgery: where <second, first> < 0, take from `second` its component along `first`, in place.
+
+    Both are lists of tensors over all parameters. Returns 1.0 where there was a conflict, 0.0 where not.
+    """
+    inner = torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
+    square = torch.stack([a.square().sum() for a in first]).sum()
+    share = inner.clamp(max=0) / square.clamp(min=torch.finfo(square.dtype).tiny)
+    torch._foreach_sub_(second, [share * a for a in first])
+    return (inner < 0).float()
+
+
+def train(args, ranks, model, objective, meta, passes):
+    """Train `model` on args.data by `objective` for args.steps steps; write args.out.
+
+    ranks: what start_ranks returned. passes: the forward passes of the backbone that one row costs, for the FLOP count (a backward
+    pass counts two). With args.resume, go on from args.out / "checkpoint.pt" as if never stopped.
+    """
+    rank, world, device = ranks
+    if args.batch_size % (world * args.micro_batch):
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {world} ranks x --micro-batch {args.micro_batch}")
+    path = args.out / "checkpoint.pt"
+    if path.exists() and not args.resume:
+        raise UserError(f"{path} exists: go on with --resume, or name another folder with --out")
+    data = {split: TokenRows(args.data, split, meta) for split in ("train", "val")}
+
+    model.to(device)
+    names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = 0
+    if args.resume:
+        start = restore(path, model, optimizer, ema, meta)
+        truncate_log(args.out / "log.jsonl", start, rank)
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_config(args)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    def batches(split, seed, step):
+        """This rank's micro-batches of a step: contiguous runs of the global batch."""
+        size = args.batch_size // world
+        for first in range(rank * size, (rank + 1) * size, args.micro_batch):
+            rows = np.arange(first, first + args.micro_batch)
+            tokens = data[split].take(seed, step * args.batch_size + rows)
+            if device.type == "cuda":
+                tokens = tokens.pin_memory().to(device, non_blocking=True)
+            yield tokens, Draw(seed, step, rows, device)
+
+    def validate():
+        """The objective's scalars on validation rows, under the averaged weights and fixed noise."""
+        total = {}
+        with torch.no_grad(), swapped(model, ema), autocast:
+            for step in range(args.val_batches):
+                for tokens, draw in batches("val", 0, step):
+                    for name, value in objective(model, tokens, draw)[1].items():
+                        total.setdefault(name, []).append(value)
+        means = average([torch.stack(values).mean() for values in total.values()])
+        return {f"val_{name}": value.item() for name, value in zip(total, means, strict=True)}
+
+    flops = passes * flops_per_row(model, meta["seq_len"])
+    log = Log(args, start, meta["seq_len"], flops, ranks)
+    for step in range(start, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        with autocast:
+            grads, scalars = gradients(params, objective, model, batches("train", args.seed, step), args.surgery)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        optimizer.step()
+        decay = min(args.ema, (1 + step) / (10 + step))  # the warm-up makes a short run's average useful
+        torch._foreach_lerp_([ema[n] for n in names], [p.detach() for p in params], 1 - decay)
+
+        done = step + 1
+        last = done == args.steps
+        extra = validate() if last or done % args.val_every == 0 else {}
+        log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
+        if last or done % args.save_every == 0:
+            log.check_finite()
+            if rank == 0:
+                save(path, model, ema, optimizer, done, meta, args)
+    log.close()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class Log:
+    """Means since the last line, to log.jsonl and to the terminal. Only rank 0 writes."""
+
+    def __init__(self, args, start, seq_len, flops, ranks):
+        self.args, self.seq_len, self.flops = args, seq_len, flops
+        self.rank, self.world, self.device = ranks
+        rank = self.rank
+        self.file = open(args.out / "log.jsonl", "a") if rank == 0 else None  # noqa: SIM115 (closed in close)
+        self.bar = tqdm(initial=start, total=args.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
+        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
+
+    def step(self, done, scalars, lr, extra, last):
+        self.bar.update()
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+        if not (extra or last or done % self.args.log_every == 0):
+            return
+        line = {"step": done} | self.means(done) | {"lr": lr} | self.speed() | extra
+        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
+        if self.rank == 0:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "val_", "clamped", "tokens"))}
+            text = f"step {done:,}/{self.args.steps:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
+            tqdm.write(text) if not self.bar.disable else print(text, flush=True)
+
+    def means(self, done):
+        """Means over the steps since the last line; the one place where the loop waits for the device."""
+        names = list(self.sums)
+        values = average([torch.as_tensor(self.sums[n], dtype=torch.float32, device=self.device) / self.count for n in names])
+        means = dict(zip(names, torch.stack(values).tolist(), strict=True))
+        bad = [name for name, value in means.items() if not np.isfinite(value)]
+        if bad:
+            raise UserError(f"{bad[0]} is {means[bad[0]]} between steps {done - self.count + 1} and {done}; the last checkpoint is kept: "
+                            "resume from it with a lower --lr or --clip")  # fmt: skip
+        return means
+
+    def check_finite(self):
+        """Before a checkpoint: raise UserError where any scalar since the last line is not finite."""
+        if self.count:
+            self.means(self.args.steps)
+
+    def speed(self):
+        seconds = (time.perf_counter() - self.clock) / self.count
+        rows = self.args.batch_size / seconds
+        peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+        cuda = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        out = {"seconds_per_step": seconds, "tokens_per_second": rows * self.seq_len, "peak_memory_gb": memory / 1e9}
+        if peak:
+            out["mfu"] = rows * self.flops / (peak * self.world)
+        return out
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16, from the vendor's data sheets
+
+
+def flops_per_row(model, L):
+    """FLOPs of one forward pass over one row: 2 per weight that multiplies a token, and attention's 4 L D per token."""
+    config = model.config
+    matmul = sum(p.numel() for block in model.blocks for p in (block.qkv.weight, block.out.weight, block.mlp[0].weight, block.mlp[2].weight))
+    return L * (2 * (matmul + model.head.numel()) + 4 * config.layers * L * config.width)
+
+
+@contextlib.contextmanager
+def swapped(model, ema):
+    """The averaged weights in place of the model's own, for as long as the block lasts."""
+
+    def swap():
+        for name, p in model.named_parameters():
+            p.data, ema[name] = ema[name], p.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks, files and flags.
+
+
+def start_ranks(args):
+    """(rank, world size, device) of this process; under torchrun, join the others first."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(args.device if args.device != "cuda" else f"cuda:{local}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def save(path, model, ema, optimizer, step, meta, args):
+    """Write a checkpoint beside `path`, flush it to the disk, and rename it over `path`."""
+    content = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
+               "model_config": config_dict(model), "meta": meta, "args": plain(args)}  # fmt: skip
+    beside = path.with_suffix(".tmp")
+    with open(beside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def restore(path, model, optimizer, ema, meta):
+    """Load a checkpoint into model, optimizer and ema, strictly; return its step."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint["model_config"] != config_dict(model):
+        raise UserError(f"{path} was trained with {checkpoint['model_config']}, these flags give {config_dict(model)}")
+    if checkpoint["meta"]["sha256"] != meta["sha256"]:
+        raise UserError(f"{path} was trained on another data set (sha256 of its rows differs); name that one with --data")
+    model.load_state_dict(checkpoint["model"], strict=True)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for name, value in ema.items():
+        value.copy_(checkpoint["ema"][name])
+    return checkpoint["step"]
+
+
+def truncate_log(path, step, rank):
+    """Drop the lines after the checkpoint's step: the resumed run writes them again."""
+    if rank == 0 and path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def plain(args):
+    """An argparse namespace as a dict of plain builtins."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def write_config(args):
+    """args.out / config.json: the resolved flags, the command line, versions and the git commit."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    content = {"flags": plain(args), "command": sys.argv, "versions": versions, "commit": commit or None}
+    (args.out / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def training_flags(parser, steps):
+    """The flags that both stages share."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--data", type=Path, default=Path("data/owt"), metavar="DIR", help="data set made by prepare_data.py")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: runs/DATA-STAGE)")
+    group.add_argument("--steps", type=number(int, 1), default=steps, help="optimizer steps")
+    group.add_argument("--batch-size", type=number(int, 1), default=512, help="rows a step, over all ranks")
+    group.add_argument("--micro-batch", type=number(int, 1), help="rows a rank takes at once (default: at most 64)")
+    group.add_argument("--lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of Adam")
+    group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up, then constant")
+    group.add_argument("--clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient")
+    group.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay a step of the averaged weights")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, row order, times and noise")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group.add_argument("--config", type=Path, metavar="FILE", help="take flags from a run's config.json; flags given here win")
+    group = parser.add_argument_group("logging")
+    group.add_argument("--log-every", type=number(int, 1), default=100, help="steps between lines of log.jsonl")
+    group.add_argument("--val-every", type=number(int, 1), default=5000, help="steps between validations")
+    group.add_argument("--val-batches", type=number(int, 1), default=2, help="batches of --batch-size rows a validation")
+    group.add_argument("--save-every", type=number(int, 1), default=5000, help="steps between checkpoints")
+    group = parser.add_argument_group("machine")
+    machine_flags(group)
+    group.add_argument("--compile", action=BooleanOptionalAction, default=None, help="torch.compile the blocks (default: on cuda)")
+
+
+def parse_training_args(parser, argv=None):
+    """Parse, with --config replayed as flags before the ones given, and fill in the defaults that depend on others."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args(replay(parser, args.config) + argv)
+    resolve_machine(args)
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args.micro_batch = args.micro_batch or min(64, max(1, args.batch_size // world))
+    return args
+
+
+def replay(parser, path):
+    """The flags in a config.json as an argument list; unknown keys are an error."""
+    try:
+        flags = json.loads(path.read_text())["flags"]
+        items = list(flags.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--config {path}: not the config.json of a run") from None
+    known, argv = {a.dest: a for a in parser._actions}, []
+    for key, value in items:
+        if key in ("config", "resume", "out") or value is None:
+            continue
+        if key not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        flag = known[key].option_strings[-1 if value is False else 0]
+        argv += [flag] if isinstance(value, bool) else [flag, str(value)]
+    return argv
+
+
+def main():
+    parser = Parser(prog="train_diagonal.py", description=__doc__.partition("\n")[0])
+    training_flags(parser, steps=1_000_000)
+    group = parser.add_argument_group("model")
+    group.add_argument("--size", choices=list(SIZES), default="base", help="base is the paper's 170M, tiny is for a CPU")
+    group.add_argument("--schedule", choices=SCHEDULES, default="argmax", help="law of the times (36)")
+    group.add_argument("--schedule-blend", type=number(float, 0, 1), default=0.9, help="lambda of the argmax schedule")
+    group.add_argument("--interpolant", choices=list(INTERPOLANTS), default="linear", help="path between noise and data (47)")
+    args = parse_training_args(parser)
+    args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
+    args.surgery = False
+    meta = read_meta(args.data)
+    torch.manual_seed(args.seed)
+    model = build_model(ModelConfig(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"], **SIZES[args.size], interpolant=args.interpolant,
+                                    schedule=args.schedule, schedule_blend=args.schedule_blend))  # fmt: skip
+    train(args, start_ranks(args), model, diagonal, meta, passes=3)
+
+
+if __name__ == "__main__":
+    run(main)
