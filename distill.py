@@ -69,7 +69,7 @@ def esd(model, teacher, y, s, u, t):
 
 # For the true map a - b delta is positive; for a network it need not be. It is kept above this share
 # of a + b, and the share of clamped entries is logged: the best sign of health there is.
-CLAMP = 0.05
+CLAMP = 1e-5
 
 TEACHERS = {"psd": psd, "esd": esd}
 
@@ -113,7 +113,7 @@ def distillation(args, teacher):
     def objective(model, tokens, draw):
         # every run of rows holds its share of diagonal ones, whatever the micro-batch
         mask = np.floor((draw.rows + 1) * args.diagonal_share) > np.floor(draw.rows * args.diagonal_share)
-        losses, report = diagonal(model, tokens[mask], draw.part(mask))
+        losses, report = diagonal(model, tokens[mask], draw.part(mask), args.diagonal_power)
         losses["consistency"], more = consistency(model, teacher or model, tokens[~mask], draw.part(~mask), args)
         return losses, report | more
 

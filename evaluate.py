@@ -93,6 +93,28 @@ def table(rows):
     return [lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]]
 
 
+def plot(path, results):
+    """NFE against the main score, one line a model, to a PNG: the share grammatical, or gen-PPL on log axes."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    score = "grammatical" if "grammatical" in results[0] else "gen_ppl"
+    for name in dict.fromkeys(result["model"] for result in results):
+        points = [(result["nfe"], result[score]) for result in results if result["model"] == name and score in result]
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="network evaluations", ylabel="share grammatical" if score == "grammatical" else "generative perplexity")
+    axes.set(ylim=(0, 1.03)) if score == "grammatical" else axes.set_yscale("log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main():
     parser = Parser(prog="evaluate.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("runs/owt-esd/checkpoint.pt")], metavar="FILE", help="of either stage")
@@ -101,12 +123,14 @@ def main():
     parser.add_argument("--judge-batch", type=number(int, 1), default=8, help="texts the judge reads at once")
     parser.add_argument("--show", type=number(int, 0), default=0, metavar="N", help="print N samples a row of the table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: evaluation.json beside the last checkpoint)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw NFE against the main score, as PNG")
     sampling_flags(parser, count=1024)
     args = parser.parse_args()
     resolve_machine(args)
     args.output = args.output or args.checkpoint[-1].parent / "evaluation.json"
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+    for flag, path in (("output", args.output), ("plot", args.plot)):
+        if path and not path.parent.is_dir():
+            raise UserError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
     loaded = [load_model(path, args.device) for path in args.checkpoint]
     judge = None
     if any(checkpoint["meta"]["tokenizer"] != "grammar" for _, checkpoint in loaded):
@@ -138,6 +162,9 @@ def main():
     args.output.write_text(json.dumps({"num_samples": args.num_samples, "seed": args.seed, "judge": args.judge if judge else None,
                                        "results": results}, indent=1) + "\n")  # fmt: skip
     print(f"\nwritten to {args.output}")
+    if args.plot:
+        plot(args.plot, results)
+        print(f"drawn to {args.plot}")
 
 
 if __name__ == "__main__":

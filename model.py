@@ -129,10 +129,10 @@ def schedule_table(kind, vocab_size, blend):
         return b, b
     accuracy = argmax_accuracy(b[:-1] / (1 - b[:-1]), vocab_size)
     tau = torch.cat([(accuracy - 1 / vocab_size) / (1 - 1 / vocab_size), torch.ones(1, dtype=torch.float64)])
-    rising = torch.cat([torch.ones(1, dtype=torch.bool), tau[1:] > tau.cummax(0).values[:-1]])
-    rising[-1] = True  # the end stays: P rounds to 1 a little before b = 1
-    tau, b = tau[rising].clamp(0, 1), b[rising]
     tau[0], tau[-1] = 0, 1
+    rising = torch.ones(len(tau), dtype=torch.bool)  # P rounds to 1 a little before b = 1: those points go
+    rising[1:-1] = (tau[1:-1] > tau[:-2].cummax(0).values) & (tau[1:-1] < 1 - 1e-12)
+    tau, b = tau[rising], b[rising]
     return tau, blend * b + (1 - blend) * tau
 
 
@@ -195,6 +195,11 @@ def attention(q, k, v, tangent):
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
+def modulate(h, shift, scale):
+    """(1 + scale) h + shift, with shift and scale (B, 1 or L, D) given by the time."""
+    return torch.addcmul(shift, h, 1 + scale)
+
+
 def rotate(x, cos, sin):
     """Rotary position embedding of x (B, heads, L, d), pairing feature i with feature i + d/2."""
     a, b = x.chunk(2, -1)
@@ -218,10 +223,10 @@ class Block(nn.Module):
     def forward(self, h, time, cos, sin, tangent):
         B, L, D = h.shape
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)  # (B, 1 or L, D) each
-        q, k, v = self.qkv(self.norm(h) * (1 + scale_a) + shift_a).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(modulate(self.norm(h), shift_a, scale_a)).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         a = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, tangent)  # (B, heads, L, D / heads)
-        h = h + gate_a * self.out(a.transpose(1, 2).reshape(B, L, D))
-        return h + gate_m * self.mlp(self.norm(h) * (1 + scale_m) + shift_m)
+        h = torch.addcmul(h, gate_a, self.out(a.transpose(1, 2).reshape(B, L, D)))
+        return torch.addcmul(h, gate_m, self.mlp(modulate(self.norm(h), shift_m, scale_m)))
 
 
 class DiT(nn.Module):
@@ -235,7 +240,8 @@ class DiT(nn.Module):
         tau, b = schedule_table(config.schedule, V, config.schedule_blend)
         self.schedule_tau, self.schedule_time = tau, self.path.time_of(b)  # float64, on the CPU
 
-        self.embedding = nn.Parameter(torch.randn(V, D) / V**0.5)  # W; scaled so that y0 = x0 W has unit variance
+        # W. Orthogonal: for V > D, W^T W = I and the noise y0 = x0 W starts white, of unit variance.
+        self.embedding = nn.Parameter(nn.init.orthogonal_(torch.empty(V, D)))
         self.time_s, self.time_t = TimeEmbedding(config.time_width), TimeEmbedding(config.time_width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(D, elementwise_affine=False)
@@ -265,7 +271,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, time, self.cos[:L], self.sin[:L], tangent)
         shift, scale = self.final_modulation(time).chunk(2, -1)
-        return self.final_norm(h) * (1 + scale) + shift
+        return modulate(self.final_norm(h), shift, scale)
 
     def log_weight(self, s, t):
         """The learned weight w(s, t) of the distillation loss exp(-w) loss + w: times (B, 1 or L) -> the same shape."""

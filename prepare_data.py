@@ -79,29 +79,27 @@ def run(main):
 # ------------------------------------------------------------------------------------------------
 # The embedded source: a small probabilistic grammar, as a deterministic weighted automaton.
 #
-#     the old farmers near the river read a quiet poem today .
+#     some farmers near the river read a strange poem .
 #
-# Number binds determiner, subject and verb (up to five words apart, across the phrase "near the
+# Number binds determiner, subject and verb (up to four words apart, across the phrase "near the
 # river"); the verb's class binds its object (three words apart, across an adjective). Because every
 # (state, word) has one successor, a row has at most one derivation: its probability is one product,
 # and the entropy of the source is one backward recursion.
 
+DETERMINERS = {"sg": ["a", "this"], "pl": ["some", "these"]}
 PEOPLE = {"sg": ["child", "woman", "farmer", "sailor", "king"], "pl": ["children", "women", "farmers", "sailors", "kings"]}
 VERBS = {
-    "food": {"sg": ["eats", "cooks"], "pl": ["eat", "cook"]},
-    "text": {"sg": ["reads", "writes"], "pl": ["read", "write"]},
-    "craft": {"sg": ["drives", "mends"], "pl": ["drive", "mend"]},
+    "food": {"sg": ["eats", "cooks", "tastes"], "pl": ["eat", "cook", "taste"]},
+    "text": {"sg": ["reads", "writes", "studies"], "pl": ["read", "write", "study"]},
 }
 OBJECTS = {
-    "food": {"sg": ["apple", "cake", "soup"], "pl": ["apples", "cakes", "soups"]},
-    "text": {"sg": ["book", "letter", "poem"], "pl": ["books", "letters", "poems"]},
-    "craft": {"sg": ["boat", "cart", "wagon"], "pl": ["boats", "carts", "wagons"]},
+    "food": ["apple", "cake", "soup", "pear", "bread", "fish"],
+    "text": ["book", "letter", "poem", "story", "map", "song"],
 }
 ADJECTIVES = ["big", "old", "quiet", "strange"]
 PREPOSITIONS = ["near", "behind"]
 PLACES = ["river", "bridge", "castle", "market"]
-ADVERBS = ["today", "often", "slowly"]
-OPTIONAL = 1 / 3  # the probability of each optional phrase
+OPTIONAL = 1 / 2  # the probability of each optional phrase
 PAD, STOP = "<pad>", "."
 
 
@@ -116,18 +114,9 @@ def grammar():
             assert word not in states.setdefault(state, {}), f"two derivations through {word!r}"
             states[state][word] = (share, successor)
 
-    def noun_phrase(state, tag, nouns, after):
-        """Determiner, perhaps an adjective, a noun; `after(number)` is the state that follows."""
-        for determiner, share, numbers in (("the", 1 / 2, ("sg", "pl")), ("a", 1 / 4, ("sg",)), ("some", 1 / 4, ("pl",))):
-            head, bare = f"{tag} {determiner}", f"{tag} {determiner} adjective"
-            add(state, [determiner], share, head)
-            add(head, ADJECTIVES, OPTIONAL, bare)
-            for n in numbers:
-                add(head, nouns[n], (1 - OPTIONAL) / len(numbers), after(n))
-                add(bare, nouns[n], 1 / len(numbers), after(n))
-
-    noun_phrase("start", "subject", PEOPLE, lambda n: f"subject {n}")
     for n in ("sg", "pl"):
+        add("start", DETERMINERS[n], 1 / 2, n)
+        add(n, PEOPLE[n], 1, f"subject {n}")
         add(f"subject {n}", PREPOSITIONS, OPTIONAL, f"preposition {n}")
         add(f"preposition {n}", ["the"], 1, f"place {n}")
         add(f"place {n}", PLACES, 1, f"verb {n}")
@@ -135,9 +124,10 @@ def grammar():
             add(f"subject {n}", VERBS[kind][n], (1 - OPTIONAL) / len(VERBS), kind)
             add(f"verb {n}", VERBS[kind][n], 1 / len(VERBS), kind)
     for kind in VERBS:
-        noun_phrase(kind, kind, OBJECTS[kind], lambda n: "object")
-    add("object", ADVERBS, OPTIONAL, "stop")
-    add("object", [STOP], 1 - OPTIONAL, None)
+        add(kind, ["the", "a"], 1, f"{kind} object")
+        add(f"{kind} object", ADJECTIVES, OPTIONAL, f"{kind} noun")
+        add(f"{kind} object", OBJECTS[kind], 1 - OPTIONAL, "stop")
+        add(f"{kind} noun", OBJECTS[kind], 1, "stop")
     add("stop", [STOP], 1, None)
     return states
 

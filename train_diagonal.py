@@ -53,14 +53,18 @@ from prepare_data import Parser, UserError, number, read_meta, run
 # The objective.
 
 
-def diagonal(model, tokens, draw):
-    """Cross-entropy of psi_tt(x_t) against the clean token (21, 22), weighted by (45) with r = 0.5, c = 0.01."""
+def diagonal(model, tokens, draw, power=0.5):
+    """Cross-entropy of psi_tt(x_t) against the clean token (21, 22), weighted by (45) with c = 0.01, r = `power`.
+
+    Only r = 0 has E[x1 | x_t] as its minimiser: the weight depends on the token drawn, and r = 0.5, the
+    paper's, favours the likelier tokens, so it trades diversity for sharper samples.
+    """
     B, L = tokens.shape
     t = model.times(draw.uniform(1)).to(tokens.device, torch.float32)  # (B, 1), by the noise schedule
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
-    loss, report = head_loss(h, model.head, scale, cross_entropy(tokens.flatten()), c=0.01, r=0.5)
+    loss, report = head_loss(h, model.head, scale, cross_entropy(tokens.flatten()), c=0.01, r=power)
     return {"diagonal": loss}, {"diagonal_ce": report["loss"].mean()}
 
 
@@ -164,7 +168,7 @@ def train(args, ranks, model, objective, meta, passes):
 
     model.to(device)
     names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, 0.999), fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = 0
     if args.resume:
@@ -203,7 +207,7 @@ def train(args, ranks, model, objective, meta, passes):
     log = Log(args, start, meta["seq_len"], flops, ranks)
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown))
         with autocast:
             grads, scalars = gradients(params, objective, model, batches("train", args.seed, step), args.surgery)
         for p, grad in zip(params, grads, strict=True):
@@ -389,12 +393,16 @@ def training_flags(parser, steps):
     group.add_argument("--batch-size", type=number(int, 1), default=512, help="rows a step, over all ranks")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a rank takes at once (default: at most 64)")
     group.add_argument("--lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of Adam")
-    group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up, then constant")
+    group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up of the learning rate")
+    group.add_argument("--cooldown", type=number(int, 0), default=0, help="last steps, over which it falls linearly to 0; constant between")
+    group.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's second decay")
     group.add_argument("--clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient")
     group.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay a step of the averaged weights")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, row order, times and noise")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group.add_argument("--config", type=Path, metavar="FILE", help="take flags from a run's config.json; flags given here win")
+    group.add_argument("--diagonal-power", type=number(float, 0, 1), default=0.5, metavar="R",
+                       help="exponent r of the diagonal's adaptive weight (45); 0 is the plain cross-entropy")  # fmt: skip
     group = parser.add_argument_group("logging")
     group.add_argument("--log-every", type=number(int, 1), default=100, help="steps between lines of log.jsonl")
     group.add_argument("--val-every", type=number(int, 1), default=5000, help="steps between validations")
@@ -451,7 +459,7 @@ def main():
     torch.manual_seed(args.seed)
     model = build_model(ModelConfig(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"], **SIZES[args.size], interpolant=args.interpolant,
                                     schedule=args.schedule, schedule_blend=args.schedule_blend))  # fmt: skip
-    train(args, start_ranks(args), model, diagonal, meta, passes=3)
+    train(args, start_ranks(args), model, functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,480 @@
+"""The mathematics against closed forms, in float64 on the CPU.
+
+The oracle is a language of a few weighted sequences. Its posterior given x_t is a softmax over the
+sequences, so the denoiser is exact, the flow follows by integration, and psi_st from both its
+definitions. It answers the same calls as model.DiT, with W the identity, so the project's own losses,
+teachers and sampler run on it unchanged.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import distill
+import train_diagonal
+from model import (
+    INTERPOLANTS,
+    DiT,
+    Draw,
+    ModelConfig,
+    argmax_accuracy,
+    cross_entropy,
+    head_loss,
+    kl,
+    schedule_table,
+)
+from prepare_data import grammar, grammar_entropy, grammar_log_prob, grammar_longest, grammar_rows, grammar_words, pack
+from sample import generate
+
+torch.set_num_threads(2)
+PATHS = sorted(INTERPOLANTS)
+V, L = 5, 3
+SEQUENCES = torch.tensor([[0, 1, 2], [0, 3, 4], [1, 1, 4], [2, 0, 2]])
+WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+
+
+class Oracle:
+    """Exact psi_st of the weighted sequences; y is x itself, and h_st = log psi_st with the identity as head."""
+
+    def __init__(self, path, steps=150):
+        self.path, self.steps = INTERPOLANTS[path], steps
+        self.head = self.embedding = torch.eye(V, dtype=torch.float64)
+        self.one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()  # (K, L, V)
+
+    def denoiser(self, x, t):
+        """E[x1 | x_t = x] (21): the posterior over sequences, one signal-to-noise weight a position."""
+        ratio = self.path.beta(t) / self.path.alpha(t) ** 2  # (B, 1 or L)
+        evidence = torch.einsum("blv,klv->blk", x, self.one_hot) * ratio[..., None]
+        posterior = (WEIGHTS.log() + evidence.sum(1)).softmax(-1)  # (B, K)
+        return torch.einsum("bk,klv->blv", posterior, self.one_hot)
+
+    def flow(self, x, s, t):
+        """X_st by Runge-Kutta on dx/dt = b_t(x) (52), on a grid u = t - (t - s)(1 - k)^2, fine near its end."""
+
+        def slope(k, x):
+            u, du = t - (t - s) * (1 - k) ** 2, 2 * (t - s) * (1 - k) / self.steps
+            return du[..., None] * self.path.drift(x, self.denoiser(x, u), u)
+
+        for k in range(self.steps):
+            k1 = slope(k / self.steps, x)
+            k2 = slope((k + 0.5) / self.steps, x + k1 / 2)
+            k3 = slope((k + 0.5) / self.steps, x + k2 / 2)
+            k4 = slope((k + 1) / self.steps, x + k3)
+            x = x + (k1 + 2 * k2 + 2 * k3 + k4) / 6
+        return x
+
+    def psi(self, x, s, t):
+        """psi_st = (X_st - Gamma_st x) / Xi_st (50), solved for psi; the denoiser where s = t."""
+        if bool((t == s).all()):
+            return self.denoiser(x, s)
+        return (self.flow(x, s, t) - self.path.Gamma(s, t)[..., None] * x) / self.path.Xi(s, t)[..., None]
+
+    def __call__(self, y, s, t, tangent=False):
+        return self.psi(y, s, t).clamp(min=1e-300).log()
+
+    def soft_embedding(self, h):
+        return h.softmax(-1)
+
+    derivative = DiT.derivative
+
+
+def states(path, s, count=6, seed=0):
+    """x_s drawn from the interpolant, (count, L, V), for times s (count, 1)."""
+    g = torch.Generator().manual_seed(seed)
+    x1 = Oracle(path).one_hot[torch.multinomial(WEIGHTS, count, replacement=True, generator=g)]
+    x0 = torch.randn(x1.shape, generator=g, dtype=torch.float64)
+    return INTERPOLANTS[path].alpha(s)[..., None] * x0 + INTERPOLANTS[path].beta(s)[..., None] * x1
+
+
+def column(*values):
+    """Times (n, 1), float64."""
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+S, U, T = column(0.0, 0.05, 0.2, 0.3, 0.5, 0.6), column(0.3, 0.2, 0.3, 0.5, 0.51, 0.7), column(0.8, 0.5, 0.9, 0.6, 0.52, 0.9)
+
+
+# ------------------------------------------------------------------------------------------------
+# The interpolant, the flow and the identities.
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_coefficients(path):
+    """Gamma, Xi, lambda, ell of (50, 52) from alpha and beta by automatic differentiation, and the ends alpha_0 = beta_1 = 1."""
+    p = INTERPOLANTS[path]
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(p.alpha(ends), ends.flip(0), atol=1e-15)
+    assert torch.allclose(p.beta(ends), ends, atol=1e-15)
+    (_, da), (_, db) = (torch.func.jvp(f, (U,), (torch.ones_like(U),)) for f in (p.alpha, p.beta))
+    assert torch.allclose(p.d_alpha(U), da)
+    assert torch.allclose(p.d_beta(U), db)
+    r = lambda t: p.beta(t) / p.alpha(t)  # noqa: E731
+    _, dr = torch.func.jvp(r, (U,), (torch.ones_like(U),))
+    assert torch.allclose(p.Xi(S, T), p.beta(T) - p.Gamma(S, T) * p.beta(S))
+    assert torch.allclose(p.wronskian(U) / p.alpha(U), p.alpha(U) * dr)  # lambda_t = alpha_t r'_t
+    assert torch.allclose(p.omega(S, U, T), (r(U) - r(S)) / (r(T) - r(S)))
+    a, b = p.eulerian(S, T)
+    _, dr_s = torch.func.jvp(r, (S,), (torch.ones_like(S),))
+    assert torch.allclose(b / a, (r(T) - r(S)) / dr_s)  # 1 / kappa
+    assert torch.allclose(r(p.time_of(U)), U / (1 - U))
+    x, psi = torch.randn(2, 6, L, V, dtype=torch.float64)
+    expected = (da / p.alpha(U))[..., None] * x + (db - p.beta(U) * da / p.alpha(U))[..., None] * psi  # ell x + lambda psi
+    assert torch.allclose(p.drift(x, psi, U), expected)
+
+
+def test_linear_forms():
+    """The linear path's forms at the right of (18), (23), (43), (52)."""
+    p = INTERPOLANTS["linear"]
+    assert torch.allclose(p.omega(S, U, T), (U - S) * (1 - T) / ((T - S) * (1 - U)))
+    a, b = p.eulerian(S, T)
+    assert torch.allclose(a, 1 - T)
+    assert torch.allclose(b, (1 - S) * (T - S))
+    x, psi = torch.randn(2, 6, L, V, dtype=torch.float64)
+    s, t = S[..., None], T[..., None]
+    assert torch.allclose(p.flow_map(x, psi, S, T), (1 - t) / (1 - s) * x + (t - s) / (1 - s) * psi)
+    assert torch.allclose(p.drift(x, psi, S), (psi - x) / (1 - s))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_mean_denoiser(path):
+    """psi_st is the average of psi_uu along the trajectory, uniform in r (58), and lies on the simplex."""
+    oracle, x = Oracle(path), states(path, S)
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    p, mean = oracle.path, 0
+    r = lambda t: p.beta(t) / p.alpha(t)  # noqa: E731
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        ratio = r(S) + (r(T) - r(S)) * node
+        u = p.time_of(ratio / (1 + ratio))
+        mean = mean + weight * oracle.denoiser(oracle.flow(x, S, u), u)
+    psi = oracle.psi(x, S, T)
+    assert torch.allclose(psi, mean, atol=1e-7)
+    assert psi.min() > -1e-9
+    assert torch.allclose(psi.sum(-1), torch.ones(6, L, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
+def test_teacher_returns_the_truth(path, loss):
+    """At the true flow map each teacher of distill.py gives back psi_st: (23, 64) and (33, 43, 70)."""
+    oracle, x = Oracle(path), states(path, S)
+    h, target = distill.TEACHERS[loss](oracle, oracle, x, S, U, T)
+    log_q, report = target(h.flatten(0, 1), slice(None))
+    truth = oracle.psi(x, S, T).flatten(0, 1)
+    assert torch.allclose(h.flatten(0, 1).exp(), truth)
+    assert (log_q.exp() - truth).abs().max() < 1e-6
+    assert all(float(value.max()) == 0 for name, value in report.items() if name == "clamped")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_teacher_near_the_end(path):
+    """The same for s -> t and for t -> 1, where the plain forms lose their digits."""
+    s, u, t = column(0.3, 0.3, 0.5), column(0.30005, 0.6, 0.7), column(0.3001, 0.99, 0.999)
+    oracle, x = Oracle(path, steps=300), states(path, s, 3)
+    truth = oracle.psi(x, s, t).flatten(0, 1)
+    for loss in distill.TEACHERS:
+        h, target = distill.TEACHERS[loss](oracle, oracle, x, s, u, t)
+        assert (target(h.flatten(0, 1), slice(None))[0].exp() - truth).abs().max() < 1e-6, loss
+
+
+def test_sampler_on_the_oracle():
+    """With the true flow map, any number of steps lands where the fine integration of the flow lands (18)."""
+    oracle = Oracle("linear", steps=400)
+    tau, b = schedule_table("argmax", V, 0.9)
+    oracle.times = lambda q: torch.from_numpy(np.interp(q, tau, b)) * 0.995  # the flow is integrated up to, not into, its end
+    oracle.embed_noise = lambda xi: xi
+    oracle.argmax = lambda h: h.argmax(-1)
+    xi = torch.randn(64, L, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = [generate(oracle, xi, nfe) for nfe in (1, 3)]
+    assert torch.equal(*tokens)
+    known = (tokens[0][:, None] == SEQUENCES).all(-1)  # (64, K)
+    assert known.any(1).all()
+    euler = generate(oracle, xi, 256, euler=True)
+    assert (euler == tokens[0]).all(-1).float().mean() > 0.95
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses.
+
+
+def plain_loss(h, head, scale, q, c, r):
+    """The weighted KL(q || softmax(h head^T)) written out, with the weight detached."""
+    p = (h @ head.T).softmax(-1)
+    w = ((q - p).square().sum(-1) + c) ** -r
+    return (scale * w.detach() * (torch.xlogy(q, q) - q * p.log()).sum(-1)).sum()
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "kl"])
+def test_head_loss(kind, monkeypatch):
+    """The chunked loss equals the plain one, value and gradients, to 1e-9; the KL's logit gradient is q - p."""
+    monkeypatch.setattr("model.chunks", lambda rows, _: [slice(i, i + 3) for i in range(0, rows, 3)])
+    torch.manual_seed(0)
+    h, head, scale = torch.randn(10, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
+    tokens = torch.randint(7, (10,))
+    q = torch.nn.functional.one_hot(tokens, 7).double() if kind == "cross_entropy" else torch.randn(10, 7, dtype=torch.float64).softmax(-1)
+    divergence = cross_entropy(tokens) if kind == "cross_entropy" else kl(lambda z, rows: (q[rows].log(), {}))
+    results = []
+    for loss in (lambda a, b: head_loss(a, b, scale, divergence, 0.01, 0.5)[0], lambda a, b: plain_loss(a, b, scale, q, 0.01, 0.5)):
+        a, b = h.clone().requires_grad_(), head.clone().requires_grad_()
+        value = loss(a, b)
+        (3 * value).backward()
+        results.append((value.detach(), a.grad, b.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
+def test_no_gradient_at_the_truth(loss):
+    """KL(sg[teacher] || psi) has zero gradient where psi is true and a non-zero one where it is not (27, 31, 35)."""
+    oracle, x = Oracle("linear"), states("linear", S)
+    h, target = distill.TEACHERS[loss](oracle, oracle, x, S, U, T)
+    sizes = []
+    for shift in (0.0, 0.3):
+        z = (h.flatten(0, 1) + shift * torch.arange(V)).requires_grad_()
+        at_truth = kl(lambda _, rows: target(h.flatten(0, 1)[rows], rows))
+        total, _ = head_loss(z, oracle.head, torch.ones(6 * L, dtype=torch.float64), at_truth, 1e-6, 0.0)
+        total.backward()
+        sizes.append(float(z.grad.abs().max()))
+    assert sizes[0] < 1e-6 < 0.01 < sizes[1]
+
+
+def test_surgery():
+    """The projected gradient never opposes the first one, and is left alone where they agree."""
+    torch.manual_seed(0)
+    for sign in (-1, 1):
+        first = [torch.randn(4, 3), torch.randn(5)]
+        second = [sign * a + 0.1 * torch.randn_like(a) for a in first]
+        before = [b.clone() for b in second]
+        conflict = train_diagonal.project(first, second)
+        inner = sum((a * b).sum() for a, b in zip(first, second, strict=True))
+        assert conflict == (sign < 0)
+        assert inner > -1e-5
+        assert all(torch.equal(a, b) for a, b in zip(before, second, strict=True)) == (sign > 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The schedule.
+
+
+@pytest.mark.parametrize("vocab", [2, 27, 50257])
+def test_argmax_accuracy(vocab):
+    """P(argmax x_t = token): closed form at V = 2, at ratio 0 and far out, and Simpson's rule on another grid."""
+    ratio = torch.tensor([0.0, 0.5, 1.0, 3.0, 5.0, 30.0], dtype=torch.float64)
+    ours = argmax_accuracy(ratio, vocab)
+    assert ours[0] == pytest.approx(1 / vocab, rel=1e-9)
+    assert ours[-1] == pytest.approx(1, abs=1e-12)
+    if vocab == 2:  # the difference of two unit Gaussians
+        assert torch.allclose(ours, torch.special.ndtr(ratio / 2**0.5), atol=1e-12)
+    z = np.linspace(-9, 9, 2401)
+    simpson = np.where(np.arange(2401) % 2 == 1, 4.0, 2.0) * (z[1] - z[0]) / 3
+    simpson[[0, -1]] /= 2
+    for r, value in zip(ratio.tolist(), ours.tolist(), strict=True):
+        below = np.array([0.5 * math.erfc(-(a + r) / 2**0.5) for a in z])
+        assert value == pytest.approx((simpson * np.exp(-(z**2) / 2) / (2 * math.pi) ** 0.5 * below ** (vocab - 1)).sum(), rel=1e-7)
+
+
+@pytest.mark.parametrize("vocab", [27, 50257])
+def test_schedule_is_linear_in_accuracy(vocab):
+    """At the argmax schedule's times, Monte Carlo accuracy rises linearly in tau, within 4 standard errors."""
+    tau, b = schedule_table("argmax", vocab, 1.0)
+    rng, count = np.random.default_rng(0), 100_000
+    for want in (0.1, 0.5, 0.9):
+        beta = float(np.interp(want, tau, b))
+        token = beta / (1 - beta) + rng.standard_normal(count)
+        # the largest of V - 1 normals, by inverting its distribution function
+        u = torch.from_numpy(rng.random(count) ** (1 / (vocab - 1)))
+        other = -torch.special.ndtri(-torch.expm1(torch.log(u))).numpy()
+        expected = 1 / vocab + want * (1 - 1 / vocab)
+        assert abs((token > other).mean() - expected) < 4 * (expected * (1 - expected) / count) ** 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("schedule", ["argmax", "linear"])
+def test_schedule_times(path, schedule):
+    """tau -> t goes from 0 to 1, rises, is the same law over beta/alpha on every path, and blends with lambda (36)."""
+    model = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule, interpolant=path))
+    tau = torch.linspace(0, 1, 5001, dtype=torch.float64)
+    t = model.times(tau)
+    assert t[0] == 0
+    assert t[-1] == 1
+    assert (t.diff() > 0).all()
+    inner = t[1:-1]
+    weight = model.path.beta(inner) / (model.path.alpha(inner) + model.path.beta(inner))
+    full, b = schedule_table(schedule, 27, 1.0)
+    expected = torch.from_numpy(np.interp(tau[1:-1], full, b))
+    assert torch.allclose(weight, 0.9 * expected + 0.1 * tau[1:-1] if schedule == "argmax" else tau[1:-1], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# The network and its noise.
+
+
+def small_model(vocab=40, width=16, **kwargs):
+    """A float64 DiT whose zero-initialised parts are made random, so that everything matters."""
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(vocab, 5, 2, width, 2, **kwargs)).double()
+    for p in model.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def test_embedded_noise():
+    """y0 = xi C^T has the law of x0 W: covariance W^T W (exactly, from the factor), and the gradient of E|y0 A|^2."""
+    model = small_model()
+    assert model.noise_size == 16
+    W, A = model.embedding, torch.randn(16, 3, dtype=torch.float64)
+    factor = model.embed_noise(torch.eye(16, dtype=torch.float64)[None])[0]  # (noise_size, D): y0 = xi factor
+    assert torch.allclose(factor.T @ factor, W.T @ W, rtol=1e-4, atol=1e-6)
+    ours = torch.autograd.grad((factor @ A).square().sum(), W)[0]  # E|y0 A|^2 = |factor A|^2
+    plain = torch.autograd.grad((W @ A).square().sum(), W)[0]  # E|x0 W A|^2 = |W A|^2
+    assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_small_vocabulary_noise():
+    """With V <= 2 D the V-vector itself is drawn, and W^T W need not have full rank."""
+    model = small_model(vocab=10)
+    xi = torch.randn(2, 5, 10, dtype=torch.float64)
+    assert model.noise_size == 10
+    assert torch.equal(model.embed_noise(xi), xi @ model.embedding)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("per_position", [False, True])
+def test_forward_mode_derivative(path, per_position):
+    """D_s h_st along the flow, by one dual pass, against central differences; its primal against the plain pass."""
+    model = small_model(interpolant=path)
+    y, dy = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    s = torch.rand(3, 5 if per_position else 1, dtype=torch.float64) / 2
+    t = s + 0.3
+    one, zero, e = torch.ones_like(s), torch.zeros_like(s), 1e-6
+    h, dh = model.derivative(y, s, t, dy, one, zero)
+    assert torch.allclose(h, model(y, s, t), atol=1e-12)
+    difference = (model(y + e * dy, s + e, t) - model(y - e * dy, s - e, t)) / (2 * e)
+    assert (dh - difference).abs().max() < 1e-7
+    assert h.requires_grad
+    assert not dh.requires_grad
+    _, dh_t = model.derivative(y, s, t, torch.zeros_like(y), zero, one)
+    assert (dh_t - (model(y, s, t + e) - model(y, s, t - e)) / (2 * e)).abs().max() < 1e-7
+
+
+def test_dual_pass_gradient():
+    """The dual pass keeps the student's ordinary graph: its parameter gradients are those of a plain pass."""
+    model = small_model()
+    y, s, t = torch.randn(3, 5, 16, dtype=torch.float64), torch.full((3, 1), 0.2).double(), torch.full((3, 1), 0.6).double()
+    probe, used = torch.randn(3, 5, 16, dtype=torch.float64), [p for n, p in model.named_parameters() if not n.startswith(("head", "emb", "loss"))]
+    dual = model.derivative(y, s, t, y, torch.ones_like(s), torch.zeros_like(t))[0]
+    for a, b in zip(torch.autograd.grad((dual * probe).sum(), used), torch.autograd.grad((model(y, s, t) * probe).sum(), used), strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_soft_embedding_and_argmax(monkeypatch):
+    """psi W and the most probable token, in chunks, against the plain products."""
+    monkeypatch.setattr("model.chunks", lambda rows, _: [slice(i, i + 4) for i in range(0, rows, 4)])
+    model, h = small_model(), torch.randn(2, 5, 16, dtype=torch.float64)
+    logits = h @ model.head.T
+    assert torch.allclose(model.soft_embedding(h), logits.softmax(-1) @ model.embedding)
+    assert torch.equal(model.argmax(h), logits.argmax(-1))
+
+
+def test_paper_size():
+    """The base model on GPT-2's vocabulary has the paper's 170M parameters."""
+    with torch.device("meta"):
+        from model import SIZES, Block
+
+        config = ModelConfig(50257, 1024, **SIZES["base"])
+        blocks = sum(p.numel() for p in Block(config).parameters()) * config.layers
+    assert round((blocks + 2 * config.vocab_size * config.width) / 1e6) == 169
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness, rows and the grammar.
+
+
+def test_draw_does_not_depend_on_the_partition():
+    """A row's normals and uniforms are the same whatever rows are drawn with it."""
+    whole = Draw(3, 7, np.arange(8), "cpu")
+    n, u = whole.normal(4, 5), whole.uniform(2)
+    for part in (np.arange(2, 5), np.array([7])):
+        draw = Draw(3, 7, part, "cpu")
+        assert torch.equal(draw.normal(4, 5), n[part])
+        assert torch.equal(draw.uniform(2), u[part])
+    assert not torch.equal(n, whole.normal(4, 5))
+    assert not torch.equal(n, Draw(3, 8, np.arange(8), "cpu").normal(4, 5))
+    masked = Draw(3, 7, np.arange(8), "cpu").part(np.arange(8) % 2 == 1)
+    assert torch.equal(masked.normal(4, 5), n[1::2])
+
+
+def test_draw_is_low_discrepancy():
+    """512 uniforms of a step leave no gap in [0, 1] of over 3/512 in one dimension, and are normal draws' companions."""
+    u = Draw(0, 0, np.arange(512), "cpu").uniform(1).flatten().sort().values
+    assert u.diff().max() < 3 / 512
+    x = Draw(0, 0, np.arange(64), "cpu").normal(1000)
+    assert abs(float(x.mean())) < 0.02
+    assert abs(float(x.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
+def test_consistency_times(loss):
+    """0 <= s <= u <= t <= 1; the boundary's share of rows jumps from 0 to 1; ESD never reaches t = 1."""
+    model = small_model()
+    s, u, t = distill.consistency_times(model, Draw(0, 0, np.arange(4096), "cpu"), loss, 1 / 32)
+    assert (s >= 0).all()
+    assert ((s <= u) & (u <= t)).all()
+    assert float((s == 0).double().mean()) == pytest.approx(1 / 32, abs=0.005)
+    assert (t < 1).all() if loss == "esd" else (t[s == 0] == 1).all()
+    assert t.shape == (4096, 1)
+
+
+def test_grammar_is_exact():
+    """Probabilities sum to one over all sentences of a state, entropy equals the mean of -log p, and L is the longest."""
+    for arcs in grammar().values():
+        assert sum(p for p, _ in arcs.values()) == pytest.approx(1, abs=1e-12)
+    rows = grammar_rows(20_000, 1)
+    nll = -np.array([grammar_log_prob(row) for row in rows])
+    assert abs(nll.mean() - grammar_entropy()) < 4 * nll.std() / len(nll) ** 0.5
+    assert rows.shape[1] == grammar_longest() == (rows != 0).sum(1).max()
+    assert len(grammar_words()) - 2 >= 40
+    assert grammar_entropy() >= 10
+
+
+def test_grammar_agreement():
+    """Number and class bind over three words and more; a changed word makes a sentence ungrammatical."""
+    index = {word: i for i, word in enumerate(grammar_words())}
+
+    def score(text):
+        row = [index[word] for word in text.split()]
+        return grammar_log_prob(row + [0] * (grammar_longest() - len(row)))
+
+    assert score("some farmers near the river read a quiet poem .") > -math.inf
+    assert score("some farmers near the river reads a quiet poem .") == -math.inf
+    assert score("a farmers near the river read a quiet poem .") == -math.inf
+    assert score("some farmers near the river read a quiet cake .") == -math.inf
+    assert score("some farmers near the river read a quiet poem") == -math.inf
+    # determiner, bare noun, verb at once, determiner, bare object
+    assert score("a king cooks the soup .") == pytest.approx(math.log(1 / 4 * 1 / 5 * (1 / 2 / 6) * 1 / 2 * (1 / 2 / 6)))
+
+
+def test_pack():
+    """Documents are joined by EOS, cut every L - 2 tokens and framed; the incomplete rest is dropped."""
+    rows = np.concatenate(list(pack([[1, 2, 3], [4], [5, 6]], 6, bos=8, eos=9)))
+    assert rows.tolist() == [[8, 1, 2, 3, 9, 9], [8, 4, 9, 5, 6, 9]]
+    long = [list(range(i % 7)) for i in range(3000)]
+    rows = np.concatenate(list(pack(long, 10, bos=8, eos=9)))
+    stream = [t for ids in long for t in [*ids, 9]]
+    assert rows[:, 1:-1].flatten().tolist() == stream[: len(stream) // 8 * 8]
+    assert np.concatenate(list(pack([range(10)], 4, None, None))).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_forward_mode_is_what_sdpa_lacks():
+    """The reason for the plain attention in a dual pass; when this fails, model.attention can be simplified."""
+    q = torch.randn(1, 2, 4, 8)
+    with (
+        pytest.raises((NotImplementedError, RuntimeError)),
+        forward_ad.dual_level(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION),
+    ):
+        dual = forward_ad.make_dual(q, q)
+        torch.nn.functional.scaled_dot_product_attention(dual, dual, dual)
