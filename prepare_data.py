@@ -79,26 +79,26 @@ def run(main):
 # ------------------------------------------------------------------------------------------------
 # The embedded source: a small probabilistic grammar, as a deterministic weighted automaton.
 #
-#     some farmers near the river read a strange poem .
+#     some farmers near the river read a famous poem .
 #
-# Number binds determiner, subject and verb (up to four words apart, across the phrase "near the
-# river"); the verb's class binds its object (three words apart, across an adjective). Because every
+# Number binds determiner, subject and verb (up to five words apart, across the phrase "near the river");
+# the verb's class binds its object and the object's adjective (three words apart). Because every
 # (state, word) has one successor, a row has at most one derivation: its probability is one product,
 # and the entropy of the source is one backward recursion.
 
 DETERMINERS = {"sg": ["a", "this"], "pl": ["some", "these"]}
-PEOPLE = {"sg": ["child", "woman", "farmer", "sailor", "king"], "pl": ["children", "women", "farmers", "sailors", "kings"]}
-VERBS = {
-    "food": {"sg": ["eats", "cooks", "tastes"], "pl": ["eat", "cook", "taste"]},
-    "text": {"sg": ["reads", "writes", "studies"], "pl": ["read", "write", "study"]},
+PEOPLE = {
+    "sg": ["child", "woman", "farmer", "sailor", "king", "doctor"],
+    "pl": ["children", "women", "farmers", "sailors", "kings", "doctors"],
 }
-OBJECTS = {
-    "food": ["apple", "cake", "soup", "pear", "bread", "fish"],
-    "text": ["book", "letter", "poem", "story", "map", "song"],
-}
-ADJECTIVES = ["big", "old", "quiet", "strange"]
 PREPOSITIONS = ["near", "behind"]
-PLACES = ["river", "bridge", "castle", "market"]
+PLACES = ["river", "bridge", "castle", "market", "school"]
+VERBS = {
+    "food": {"sg": ["eats", "cooks"], "pl": ["eat", "cook"]},
+    "text": {"sg": ["reads", "writes"], "pl": ["read", "write"]},
+}
+ADJECTIVES = {"food": ["fresh", "warm", "sweet", "spicy"], "text": ["long", "short", "famous", "clever"]}
+OBJECTS = {"food": ["apple", "cake", "soup", "pear", "fish"], "text": ["book", "letter", "poem", "story", "song"]}
 OPTIONAL = 1 / 2  # the probability of each optional phrase
 PAD, STOP = "<pad>", "."
 
@@ -125,7 +125,7 @@ def grammar():
             add(f"verb {n}", VERBS[kind][n], 1 / len(VERBS), kind)
     for kind in VERBS:
         add(kind, ["the", "a"], 1, f"{kind} object")
-        add(f"{kind} object", ADJECTIVES, OPTIONAL, f"{kind} noun")
+        add(f"{kind} object", ADJECTIVES[kind], OPTIONAL, f"{kind} noun")
         add(f"{kind} object", OBJECTS[kind], 1 - OPTIONAL, "stop")
         add(f"{kind} noun", OBJECTS[kind], 1, "stop")
     add("stop", [STOP], 1, None)

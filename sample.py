@@ -24,7 +24,8 @@ def generate(model, xi, nfe, euler=False):
     """Tokens (B, L), int64, from standard normals xi (B, L, model.noise_size), in `nfe` network evaluations.
 
     The flow map jumps along the schedule's grid, X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The
-    last jump ends at data, where X_s1 = psi_s1: its most probable tokens are the sample. With `euler`,
+    last jump ends at data, where X_s1 = psi_s1 (short of it by model.LAST): the sample is its most
+    probable tokens. With `euler`,
     psi_ss takes the place of psi_st, which is all that a diagonal alone can do: on the linear path that
     is Euler's method for the drift (52), x + (t - s) b_s(x).
     """

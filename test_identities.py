@@ -17,6 +17,7 @@ import distill
 import train_diagonal
 from model import (
     INTERPOLANTS,
+    LAST,
     DiT,
     Draw,
     ModelConfig,
@@ -298,8 +299,9 @@ def test_schedule_times(path, schedule):
     tau = torch.linspace(0, 1, 5001, dtype=torch.float64)
     t = model.times(tau)
     assert t[0] == 0
-    assert t[-1] == 1
     assert (t.diff() > 0).all()
+    assert t[-1] < 1
+    assert model.times(torch.tensor(2.0).double()) == t[-1] == model.times(torch.tensor(LAST).double())
     inner = t[1:-1]
     weight = model.path.beta(inner) / (model.path.alpha(inner) + model.path.beta(inner))
     full, b = schedule_table(schedule, 27, 1.0)
@@ -416,16 +418,31 @@ def test_draw_is_low_discrepancy():
     assert abs(float(x.std()) - 1) < 0.02
 
 
-@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
-def test_consistency_times(loss):
-    """0 <= s <= u <= t <= 1; the boundary's share of rows jumps from 0 to 1; ESD never reaches t = 1."""
-    model = small_model()
-    s, u, t = distill.consistency_times(model, Draw(0, 0, np.arange(4096), "cpu"), loss, 1 / 32)
-    assert (s >= 0).all()
-    assert ((s <= u) & (u <= t)).all()
-    assert float((s == 0).double().mean()) == pytest.approx(1 / 32, abs=0.005)
-    assert (t < 1).all() if loss == "esd" else (t[s == 0] == 1).all()
-    assert t.shape == (4096, 1)
+def test_consistency_times():
+    """0 <= s < u < t < 1, the steps spread over all sizes; the boundary's rows jump from 0 to 1."""
+    model, draw = small_model(), Draw(0, 0, np.arange(4096), "cpu")
+    s, u, t = distill.consistency_times(model, draw)
+    assert s.shape == (4096, 1)
+    assert ((s >= 0) & (s < u) & (u < t) & (t < 1)).all()
+    assert (t - s).min() < 0.01
+    assert (t - s).max() > 0.8
+    s, u, t = distill.boundary_times(model, draw)
+    assert (s == 0).all()
+    assert ((u > 0) & (u < 1)).all()
+    assert (t == model.times(torch.ones(1).double())).all()
+
+
+@pytest.mark.parametrize("diagonal", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("boundary", [0.0, 1 / 32, 0.25])
+def test_shares(diagonal, boundary):
+    """Each run of rows holds its share of diagonal rows, and the others theirs of boundary rows."""
+    is_diagonal, is_boundary = distill.shares(np.arange(256), diagonal, boundary)
+    assert not (is_diagonal & is_boundary).any()
+    assert (is_diagonal.reshape(-1, 8).sum(1) == 8 * diagonal).all()
+    assert is_boundary.sum() == pytest.approx((~is_diagonal).sum() * boundary, abs=1)
+    tail = distill.shares(np.arange(64, 128), diagonal, boundary)
+    assert np.array_equal(tail[0], is_diagonal[64:128])
+    assert np.array_equal(tail[1], is_boundary[64:128])
 
 
 def test_grammar_is_exact():
@@ -448,13 +465,13 @@ def test_grammar_agreement():
         row = [index[word] for word in text.split()]
         return grammar_log_prob(row + [0] * (grammar_longest() - len(row)))
 
-    assert score("some farmers near the river read a quiet poem .") > -math.inf
-    assert score("some farmers near the river reads a quiet poem .") == -math.inf
-    assert score("a farmers near the river read a quiet poem .") == -math.inf
-    assert score("some farmers near the river read a quiet cake .") == -math.inf
-    assert score("some farmers near the river read a quiet poem") == -math.inf
+    assert score("some farmers near the river read a famous poem .") > -math.inf
+    assert score("some farmers near the river reads a famous poem .") == -math.inf
+    assert score("a farmers near the river read a famous poem .") == -math.inf
+    assert score("some farmers near the river read a famous cake .") == -math.inf
+    assert score("some farmers near the river read a famous poem") == -math.inf
     # determiner, bare noun, verb at once, determiner, bare object
-    assert score("a king cooks the soup .") == pytest.approx(math.log(1 / 4 * 1 / 5 * (1 / 2 / 6) * 1 / 2 * (1 / 2 / 6)))
+    assert score("a king cooks the soup .") == pytest.approx(math.log(1 / 4 * 1 / 6 * (1 / 2 / 4) * 1 / 2 * (1 / 2 / 5)))
 
 
 def test_pack():

@@ -168,7 +168,7 @@ def train(args, ranks, model, objective, meta, passes):
 
     model.to(device)
     names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = 0
     if args.resume:
@@ -254,7 +254,7 @@ class Log:
         if self.rank == 0:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "val_", "clamped", "tokens"))}
+            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "boundary", "clamped", "val_", "tokens"))}
             text = f"step {done:,}/{self.args.steps:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
             tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
