@@ -12,7 +12,6 @@ The unigram entropy of each sample is given everywhere.
 
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from model import load_model, resolve_machine
-from prepare_data import Parser, UserError, decode, grammar_entropy, grammar_log_prob, number, read_meta, run
+from prepare_data import Parser, UserError, decode, grammar_entropy, grammar_log_prob, grammar_rows, number, read_meta, read_rows, run
 from sample import draw_samples, is_euler, sampling_flags
 
 
@@ -38,7 +37,7 @@ def grammar_scores(rows, train_rows):
     count = max(1, len(good))
     return {
         "grammatical": len(good) / len(rows),
-        "nll": float(-log_probs[np.isfinite(log_probs)].mean()) if len(good) else math.nan,  # nats a sentence
+        "nll": float(-log_probs[np.isfinite(log_probs)].mean()) if len(good) else None,  # nats a sentence
         "source_entropy": grammar_entropy(),
         "distinct": len(np.unique(good, axis=0)) / count,  # of the grammatical ones
         "in_training": sum(row.tobytes() in seen for row in good.astype(np.uint16)) / count,
@@ -86,7 +85,7 @@ def generative_perplexity(texts, judge, tokenizer, max_length, batch_size=8):
 
 def table(rows):
     """A list of dicts with the same keys as lines of Markdown, columns aligned."""
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells = [["" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     header = [name.replace("_", " ") for name in rows[0]]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in [header, *cells]]
@@ -104,8 +103,8 @@ def plot(path, results):
 
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     score = "grammatical" if "grammatical" in results[0] else "gen_ppl"
-    for name in dict.fromkeys(result["model"] for result in results):
-        points = [(result["nfe"], result[score]) for result in results if result["model"] == name and score in result]
+    for name in dict.fromkeys(result["model"] for result in results if result["nfe"]):
+        points = [(result["nfe"], result[score]) for result in results if result["model"] == name]
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="network evaluations", ylabel="share grammatical" if score == "grammatical" else "generative perplexity")
@@ -132,26 +131,30 @@ def main():
         if path and not path.parent.is_dir():
             raise UserError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
     loaded = [load_model(path, args.device) for path in args.checkpoint]
-    judge = None
-    if any(checkpoint["meta"]["tokenizer"] != "grammar" for _, checkpoint in loaded):
-        judge = load_judge(args.judge, args.device)
+    kinds = {checkpoint["meta"]["tokenizer"] == "grammar" for _, checkpoint in loaded}
+    if len(kinds) > 1:
+        raise UserError("--checkpoint mixes models of the grammar with models of text; evaluate them apart")
 
     results, shown = [], []
+    if kinds == {True}:
+        folder = args.data or Path(loaded[-1][1]["args"]["data"])
+        train_rows = read_rows(folder, "train", read_meta(folder))
+        fresh = grammar_rows(args.num_samples, [args.seed, 2])  # what a perfect model would write; train and val are draws 0 and 1
+        results = [{"model": "the grammar itself", "sampler": "", "nfe": 0, "entropy": unigram_entropy(fresh)} | grammar_scores(fresh, train_rows)]
+        shown = [[]]
+    else:
+        judge = load_judge(args.judge, args.device)
     for path, (model, checkpoint) in zip(args.checkpoint, loaded, strict=True):
         meta, euler = checkpoint["meta"], is_euler(args, checkpoint)
         for nfe in args.nfe:
-            clock = time.perf_counter()
             rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, euler, args.dtype)
-            seconds = time.perf_counter() - clock
             texts = [decode(meta, row) for row in rows]
-            scores = {"model": path.parent.name or str(path), "sampler": "euler" if euler else "flow-map", "nfe": nfe}
-            if meta["tokenizer"] == "grammar":
-                folder = args.data or Path(checkpoint["args"]["data"])
-                train_rows = np.fromfile(folder / "train.bin", "<u2").reshape(-1, read_meta(folder)["seq_len"])
+            name = path.parent.name or str(path)
+            scores = {"model": name, "sampler": "euler" if euler else "flow-map", "nfe": nfe, "entropy": unigram_entropy(rows)}
+            if kinds == {True}:
                 scores |= grammar_scores(rows, train_rows)
             else:
                 scores["gen_ppl"] = generative_perplexity(texts, *judge, meta["seq_len"], args.judge_batch)
-            scores |= {"entropy": unigram_entropy(rows), "seconds": seconds}
             results.append(scores)
             shown.append(texts[: args.show])
     print("\n".join(table(results)))
@@ -159,7 +162,7 @@ def main():
         if texts:
             print(f"\n{scores['model']}, {scores['nfe']} NFE:")
             print("\n".join(f"  {text}" for text in texts))
-    args.output.write_text(json.dumps({"num_samples": args.num_samples, "seed": args.seed, "judge": args.judge if judge else None,
+    args.output.write_text(json.dumps({"num_samples": args.num_samples, "seed": args.seed, "judge": None if kinds == {True} else args.judge,
                                        "results": results}, indent=1) + "\n")  # fmt: skip
     print(f"\nwritten to {args.output}")
     if args.plot:

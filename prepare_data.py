@@ -384,6 +384,16 @@ def read_meta(folder):
     return meta
 
 
+def read_rows(folder, split, meta):
+    """The rows of data/NAME/{train,val}.bin, memory-mapped, uint16 (N, L); UserError where the size is not what meta says."""
+    path, shape = Path(folder) / f"{split}.bin", (meta[f"{split}_rows"], meta["seq_len"])
+    expected = 2 * shape[0] * shape[1]
+    if not path.is_file() or path.stat().st_size != expected:
+        found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
+        raise UserError(f"{path}: found {found}, meta.json says {expected:,} bytes; make it anew with prepare_data.py --force")
+    return np.memmap(path, "<u2", "r", shape=shape)
+
+
 # ------------------------------------------------------------------------------------------------
 # The command line. A source is (dataset, tokenizer, L, held-out documents, how a .txt is cut into documents).
 

@@ -99,7 +99,8 @@ def test_the_whole_road(work, loss):
     out = python("evaluate.py", "--checkpoint", "runs/grammar-diagonal/checkpoint.pt", path, "--nfe", 1, 2, "--num-samples", 16, cwd=work).stdout
     assert out.count("grammar-") >= 4
     results = json.loads((run / "evaluation.json").read_text())["results"]
-    assert [r["sampler"] for r in results] == ["euler"] * 2 + ["flow-map"] * 2
+    assert [r["sampler"] for r in results] == [""] + ["euler"] * 2 + ["flow-map"] * 2
+    assert results[0]["grammatical"] == 1
     assert all(0 <= r["grammatical"] <= 1 and r["source_entropy"] == prepare_data.grammar_entropy() for r in results)
 
 

@@ -47,7 +47,7 @@ from model import (
     read_checkpoint,
     resolve_machine,
 )
-from prepare_data import Parser, UserError, number, read_meta, run
+from prepare_data import Parser, UserError, number, read_meta, read_rows, run
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -73,15 +73,10 @@ def diagonal(model, tokens, draw, power=0.5):
 
 
 class TokenRows:
-    """The memory-mapped rows of data/NAME/{train,val}.bin and the order in which they are visited."""
+    """The rows of data/NAME/{train,val}.bin and the order in which they are visited."""
 
     def __init__(self, folder, split, meta):
-        path, L = Path(folder) / f"{split}.bin", meta["seq_len"]
-        expected = 2 * L * meta[f"{split}_rows"]
-        if not path.is_file() or path.stat().st_size != expected:
-            found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
-            raise UserError(f"{path}: found {found}, meta.json says {expected:,} bytes; make it anew with prepare_data.py --force")
-        self.rows = np.memmap(path, "<u2", "r", shape=(meta[f"{split}_rows"], L))
+        self.rows = read_rows(folder, split, meta)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one data set lives as long as the program)
     def order(self, seed, epoch):
