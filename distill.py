@@ -78,67 +78,44 @@ TEACHERS = {"psd": psd, "esd": esd}
 # The objective of stage 2: the diagonal on some rows, consistency on the others.
 
 
-def consistency_times(model, draw):
+def consistency_times(model, draw, boundary):
     """Times s <= u <= t of the path, float64 (B, 1) each: uniform step, uniform start, u half-way (in progress tau).
 
-    The step d ~ U(0, 1), s ~ U(0, 1 - d), t = s + d.
+    The step d ~ U(0, 1), s ~ U(0, 1 - d), t = s + d; a share `boundary` of the rows goes all the way
+    from noise to data, d = 1, as one-step sampling will.
     """
-    step, start = draw.uniform(2).unbind(-1)
+    step, start, edge = draw.uniform(3).unbind(-1)
+    step = torch.where(edge < boundary, 1.0, step)
     s = start * (1 - step)
     return [model.times(tau)[:, None] for tau in (s, s + step / 2, s + step)]
 
 
-def boundary_times(model, draw):
-    """The whole jump, from noise to data, by way of the middle of the schedule: float64 (B, 1) each."""
-    return [model.times(torch.full((len(draw.rows),), tau, dtype=torch.float64))[:, None] for tau in (0.0, 0.5, 1.0)]
-
-
-def consistency(model, teacher, tokens, draw, loss, times, args):
-    """The sum over rows and positions of KL(sg[teacher] || psi_st) (27, 31, 35), weighted by (45) with r = 0.5,
-    c = 1e-6, then learned: exp(-w) loss + w. Returns it and {name: (B L,)}."""
+def consistency(model, teacher, tokens, draw, args):
+    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), weighted by (45) with r = 0.5, c = 1e-6, then by exp(-w)."""
     B, L = tokens.shape
-    s, u, t = (v.to(tokens.device, torch.float32) for v in times(model, draw))
+    s, u, t = (v.to(tokens.device, torch.float32) for v in consistency_times(model, draw, args.boundary))
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
-    h, target = TEACHERS[loss](model, teacher, y, s, u, t)
+    h, target = TEACHERS[args.loss](model, teacher, y, s, u, t)
     w = torch.zeros_like(s)
     if args.learned_weight:
         w = model.log_weight(s, s if args.loss == "psd" else t).float()
     w = w.expand(B, L).flatten()
-    total, report = head_loss(h.flatten(0, 1), model.head, torch.exp(-w.detach()), kl(target), c=1e-6, r=0.5)
-    # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `total` already
+    loss, report = head_loss(h.flatten(0, 1), model.head, torch.exp(-w.detach()) / (B * L), kl(target), c=1e-6, r=0.5)
+    # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `loss` already
     learned = torch.exp(-w) * report.pop("weighted")
-    return total + (learned - learned.detach() + w).sum(), report
-
-
-def shares(rows, diagonal, boundary):
-    """Which rows of the global batch learn the diagonal, and which of the others the whole jump: bool (n,) twice.
-
-    By index alone and evenly spread, so that every run of rows holds its share, whatever the micro-batch.
-    """
-    is_diagonal = np.floor((rows + 1) * diagonal) > np.floor(rows * diagonal)
-    others = rows - np.floor(rows * diagonal)  # the index among the other rows
-    return is_diagonal, ~is_diagonal & (np.floor((others + 1) * boundary) > np.floor(others * boundary))
+    report["consistency_kl"] = report.pop("loss")
+    return loss + (learned - learned.detach() + w).mean(), {name: value.mean() for name, value in report.items()}
 
 
 def distillation(args, teacher):
-    """The objective of stage 2; `teacher` None means the student itself.
-
-    The rows that jump all the way learn by the semigroup, whatever --loss the others learn by: it makes one
-    jump of two, where the Eulerian identity must carry what it knows back from t in small steps of s.
-    """
+    """The objective of stage 2; `teacher` None means the student itself."""
 
     def objective(model, tokens, draw):
-        is_diagonal, is_boundary = shares(draw.rows, args.diagonal_share, args.boundary)
-        losses, report = diagonal(model, tokens[is_diagonal], draw.part(is_diagonal), args.diagonal_power)
-        count = int((~is_diagonal).sum()) * tokens.shape[1]
-        mask = ~is_diagonal & ~is_boundary
-        total, more = consistency(model, teacher or model, tokens[mask], draw.part(mask), args.loss, consistency_times, args)
-        report |= {"consistency_kl": more.pop("loss").mean()} | {name: value.mean() for name, value in more.items()}
-        report["boundary_kl"] = torch.zeros_like(total)
-        if is_boundary.any():
-            jump, more = consistency(model, teacher or model, tokens[is_boundary], draw.part(is_boundary), "psd", boundary_times, args)
-            total, report["boundary_kl"] = total + jump, more["loss"].mean()
-        return losses | {"consistency": total / count}, {name: value.detach() for name, value in report.items()}
+        # by index and evenly spread: every run of rows holds its share of diagonal ones, whatever the micro-batch
+        mask = np.floor((draw.rows + 1) * args.diagonal_share) > np.floor(draw.rows * args.diagonal_share)
+        losses, report = diagonal(model, tokens[mask], draw.part(mask), args.diagonal_power)
+        losses["consistency"], more = consistency(model, teacher or model, tokens[~mask], draw.part(~mask), args)
+        return losses, report | more
 
     return objective
 
@@ -150,7 +127,7 @@ def main():
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="stage-1 checkpoint (default: runs/DATA-diagonal/checkpoint.pt)")
     group.add_argument("--teacher", choices=["frozen", "self"], default="frozen", help="who gives psi_ss and b_s to ESD: stage 1, or the student")
     group.add_argument("--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, help="share of the rows that learn the diagonal")
-    group.add_argument("--boundary", type=number(float, 0, 0.5), default=1 / 32, help="share of the other rows that learn the whole jump, 0 to 1")
+    group.add_argument("--boundary", type=number(float, 0, 1), default=1 / 32, help="share of the other rows that jump from noise to data")
     group.add_argument("--learned-weight", action=BooleanOptionalAction, default=True, help="learn a weight of s (PSD) or of s and t (ESD)")
     group.add_argument("--surgery", action=BooleanOptionalAction, help="project conflicting gradients (default: with psd)")
     training_flags(parser, steps=100_000)
@@ -162,8 +139,6 @@ def main():
     if args.micro_batch * args.diagonal_share % 1:
         raise UserError(f"--micro-batch {args.micro_batch} x --diagonal-share {args.diagonal_share} is not a whole number of rows; change either")
 
-    if args.micro_batch * (1 - args.diagonal_share) < 2:
-        raise UserError(f"--micro-batch {args.micro_batch} leaves fewer than 2 rows to --loss {args.loss}; take a larger one")
     teacher, checkpoint = load_model(args.checkpoint)
     for key in ("tokenizer", "vocab_size", "seq_len"):
         if checkpoint["meta"][key] != meta[key]:

@@ -92,8 +92,8 @@ def table(rows):
     return [lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]]
 
 
-def plot(path, results):
-    """NFE against the main score, one line a model, to a PNG: the share grammatical, or gen-PPL on log axes."""
+def load_pyplot():
+    """matplotlib's pyplot, drawing to files."""
     try:
         import matplotlib
     except ImportError:
@@ -101,6 +101,11 @@ def plot(path, results):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(pyplot, path, results):
+    """NFE against the main score, one line a model, to a PNG: the share grammatical, or gen-PPL on log axes."""
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     score = "grammatical" if "grammatical" in results[0] else "gen_ppl"
     for name in dict.fromkeys(result["model"] for result in results if result["nfe"]):
@@ -130,6 +135,7 @@ def main():
     for flag, path in (("output", args.output), ("plot", args.plot)):
         if path and not path.parent.is_dir():
             raise UserError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    pyplot = load_pyplot() if args.plot else None
     loaded = [load_model(path, args.device) for path in args.checkpoint]
     kinds = {checkpoint["meta"]["tokenizer"] == "grammar" for _, checkpoint in loaded}
     if len(kinds) > 1:
@@ -166,7 +172,7 @@ def main():
                                        "results": results}, indent=1) + "\n")  # fmt: skip
     print(f"\nwritten to {args.output}")
     if args.plot:
-        plot(args.plot, results)
+        plot(pyplot, args.plot, results)
         print(f"drawn to {args.plot}")
 
 

@@ -147,7 +147,7 @@ LAST = 0.9999
 
 # Where a size is known by name, it is in this table. base is the paper's 170M at V = 50,257.
 SIZES = {
-    "tiny": dict(layers=6, width=96, heads=3),
+    "tiny": dict(layers=3, width=128, heads=4),
     "small": dict(layers=6, width=384, heads=6),
     "base": dict(layers=12, width=768, heads=12),
 }

@@ -249,7 +249,7 @@ class Log:
         if self.rank == 0:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "boundary", "clamped", "val_", "tokens"))}
+            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "clamped", "val_", "tokens"))}
             text = f"step {done:,}/{self.args.steps:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
             tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
