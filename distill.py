@@ -14,13 +14,14 @@ mean denoiser, each by KL(sg[teacher] || psi_st(x_s)) (27, 35) with x_s drawn fr
 The embedding W stays as stage 1 left it, so that student and teacher see the same y = x W.
 """
 
+import hashlib
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import build_model, head_loss, kl, load_model, softmax, wide
+from model import build_model, head_loss, kl, load_model, lowered, softmax, wide
 from prepare_data import Parser, UserError, number, read_meta, run
 from train_diagonal import diagonal, parse_training_args, start_ranks, train, training_flags
 
@@ -39,8 +40,10 @@ def psd(model, teacher, y, s, u, t):
         h_su = h_su.flatten(0, 1)
         omega = model.path.omega(s, u, t).expand(y.shape[:2]).flatten()[:, None]  # (B L, 1)
 
+    head = lowered(model.head)
+
     def target(z, rows):
-        psi_su, psi_ut = (softmax(wide(h[rows] @ model.head.T)) for h in (h_su, h_ut))
+        psi_su, psi_ut = (softmax(wide(h[rows] @ head.T)) for h in (h_su, h_ut))
         q = torch.lerp(psi_ut, psi_su, omega[rows])
         return q.log(), {}
 
@@ -55,10 +58,10 @@ def esd(model, teacher, y, s, u, t):
         h_ss = h_ss.flatten(0, 1)
         a, b = (c.expand(y.shape[:2]).flatten()[:, None] for c in model.path.eulerian(s, t))  # (B L, 1) each
     h, dh = model.derivative(y, s, t, drift, torch.ones_like(s), torch.zeros_like(t))
-    dh = dh.flatten(0, 1)
+    dh, head, teacher_head = dh.flatten(0, 1), lowered(model.head), lowered(teacher.head)
 
     def target(z, rows):
-        z_ss, dz = wide(h_ss[rows] @ teacher.head.T), wide(dh[rows] @ model.head.T)
+        z_ss, dz = wide(h_ss[rows] @ teacher_head.T), wide(dh[rows] @ head.T)
         delta = dz - (softmax(z) * dz).sum(-1, keepdim=True)
         argument, floor = a[rows] - b[rows] * delta, CLAMP * (a[rows] + b[rows])
         log_q = (z_ss - argument.clamp(min=floor).log()).log_softmax(-1)
@@ -81,11 +84,11 @@ TEACHERS = {"psd": psd, "esd": esd}
 def consistency_times(model, draw, boundary):
     """Times s <= u <= t of the path, float64 (B, 1) each: uniform step, uniform start, u half-way (in progress tau).
 
-    The step d ~ U(0, 1), s ~ U(0, 1 - d), t = s + d; a share `boundary` of the rows goes all the way
+    The step d ~ U(0.001, 1), s ~ U(0, 1 - d), t = s + d (s = t says nothing new, and is 0/0); a share `boundary` of the rows goes all the way
     from noise to data, d = 1, as one-step sampling will.
     """
     step, start, edge = draw.uniform(3).unbind(-1)
-    step = torch.where(edge < boundary, 1.0, step)
+    step = torch.where(edge < boundary, 1.0, 0.001 + 0.999 * step)
     s = start * (1 - step)
     return [model.times(tau)[:, None] for tau in (s, s + step / 2, s + step)]
 
@@ -93,7 +96,7 @@ def consistency_times(model, draw, boundary):
 def consistency(model, teacher, tokens, draw, args):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), weighted by (45) with r = 0.5, c = 1e-6, then by exp(-w)."""
     B, L = tokens.shape
-    s, u, t = (v.to(tokens.device, torch.float32) for v in consistency_times(model, draw, args.boundary))
+    s, u, t = (v.float().to(tokens.device) for v in consistency_times(model, draw, args.boundary))
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
     h, target = TEACHERS[args.loss](model, teacher, y, s, u, t)
     w = torch.zeros_like(s)
@@ -112,7 +115,7 @@ def distillation(args, teacher):
 
     def objective(model, tokens, draw):
         # by index and evenly spread: every run of rows holds its share of diagonal ones, whatever the micro-batch
-        mask = np.floor((draw.rows + 1) * args.diagonal_share) > np.floor(draw.rows * args.diagonal_share)
+        mask = np.floor((draw.rows + 1) * args.diagonal_share + 1e-9) > np.floor(draw.rows * args.diagonal_share + 1e-9)
         losses, report = diagonal(model, tokens[mask], draw.part(mask), args.diagonal_power)
         losses["consistency"], more = consistency(model, teacher or model, tokens[~mask], draw.part(~mask), args)
         return losses, report | more
@@ -136,7 +139,7 @@ def main():
     args.out = args.out or Path("runs") / f"{args.data.name}-{args.loss}"
     args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
     meta = read_meta(args.data)
-    if args.micro_batch * args.diagonal_share % 1:
+    if round(args.micro_batch * args.diagonal_share, 6) % 1:
         raise UserError(f"--micro-batch {args.micro_batch} x --diagonal-share {args.diagonal_share} is not a whole number of rows; change either")
 
     teacher, checkpoint = load_model(args.checkpoint)
@@ -144,6 +147,7 @@ def main():
         if checkpoint["meta"][key] != meta[key]:
             raise UserError(f"{args.checkpoint} was trained on rows of {key} {checkpoint['meta'][key]}, {args.data} has {key} {meta[key]}; "
                             "name the data set that it was trained on with --data")  # fmt: skip
+    args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     model = build_model(teacher.config)
     model.load_state_dict(teacher.state_dict(), strict=True)
     model.embedding.requires_grad_(False)

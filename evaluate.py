@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from model import load_model, resolve_machine
 from prepare_data import Parser, UserError, decode, grammar_entropy, grammar_log_prob, grammar_rows, number, read_meta, read_rows, run
-from sample import draw_samples, is_euler, sampling_flags
+from sample import check_output, draw_samples, is_euler, sampling_flags
 
 
 def unigram_entropy(rows):
@@ -116,7 +116,7 @@ def plot(pyplot, path, results):
     axes.set(ylim=(0, 1.03)) if score == "grammatical" else axes.set_yscale("log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def main():
@@ -132,9 +132,8 @@ def main():
     args = parser.parse_args()
     resolve_machine(args)
     args.output = args.output or args.checkpoint[-1].parent / "evaluation.json"
-    for flag, path in (("output", args.output), ("plot", args.plot)):
-        if path and not path.parent.is_dir():
-            raise UserError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    check_output("--output", args.output)
+    check_output("--plot", args.plot)
     pyplot = load_pyplot() if args.plot else None
     loaded = [load_model(path, args.device) for path in args.checkpoint]
     kinds = {checkpoint["meta"]["tokenizer"] == "grammar" for _, checkpoint in loaded}

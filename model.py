@@ -275,7 +275,8 @@ class DiT(nn.Module):
         L = y.shape[1]
         h = y
         for block in self.blocks:
-            h = block(h, time, self.cos[:L], self.sin[:L], tangent)
+            # a compiled block has no forward mode: the dual pass takes the plain one
+            h = (block.forward if tangent else block)(h, time, self.cos[:L], self.sin[:L], tangent)
         shift, scale = self.final_modulation(time).chunk(2, -1)
         return modulate(self.final_norm(h), shift, scale)
 
@@ -312,9 +313,9 @@ class DiT(nn.Module):
         1e-6 of the mean eigenvalue, adds noise far below what float32 leaves in the factor.
         """
         W = self.embedding
-        if self.noise_size == len(W):
-            return xi @ W
         with torch.autocast(W.device.type, enabled=False):
+            if self.noise_size == len(W):
+                return xi @ W
             gram = W.T @ W
             jitter = 1e-6 * gram.diagonal().mean().detach() * torch.eye(len(gram), dtype=W.dtype, device=W.device)
             return xi @ torch.linalg.cholesky(gram + jitter).T
@@ -337,17 +338,17 @@ class DiT(nn.Module):
 
     def soft_embedding(self, h):
         """psi W for psi = softmax(h @ head.T): (B, L, D) -> (B, L, D), without a gradient."""
-        flat, parts = h.detach().flatten(0, -2), []
+        flat, parts, head, embedding = h.detach().flatten(0, -2), [], lowered(self.head), lowered(self.embedding)
         with torch.no_grad():
-            for rows in chunks(len(flat), len(self.head)):
-                parts.append(softmax(wide(flat[rows] @ self.head.T)).to(self.embedding.dtype) @ self.embedding)
+            for rows in chunks(len(flat), len(head)):
+                parts.append(wide(softmax(wide(flat[rows] @ head.T)).to(embedding.dtype) @ embedding))
         return torch.cat(parts).view(h.shape)
 
     def argmax(self, h):
         """The most probable token of psi = softmax(h @ head.T): (B, L, D) -> (B, L), int64."""
-        flat = h.detach().flatten(0, -2)
+        flat, head = h.detach().flatten(0, -2), lowered(self.head)
         with torch.no_grad():
-            parts = [(flat[rows] @ self.head.T).argmax(-1) for rows in chunks(len(flat), len(self.head))]
+            parts = [(flat[rows] @ head.T).argmax(-1) for rows in chunks(len(flat), len(head))]
         return torch.cat(parts).view(h.shape[:-1])
 
 
@@ -369,6 +370,12 @@ def wide(z):
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
+def lowered(x):
+    """x in the dtype of the autocast around us, detached: cast once, before a loop over chunks."""
+    device = x.device.type
+    return x.detach().to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x.detach()
+
+
 def chunks(rows, vocab_size, elements=1 << 25):
     """Slices of `rows`, each of at most `elements` logits (128 MB in float32), at least one row."""
     step = max(1, elements // vocab_size)
@@ -386,21 +393,20 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, h, head, scale, divergence, c, r):
         grad_h = torch.empty_like(h) if h.requires_grad else None
         grad_head = torch.zeros_like(head) if head.requires_grad else None
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        low_h, low_head = lowered(h), lowered(head)
         total, reports = scale.new_zeros(()), []
         for rows in chunks(len(h), len(head)):
-            z = wide(h[rows] @ head.T)
+            z = wide(low_h[rows] @ low_head.T)
             report, g = divergence(z, rows)  # {"loss": (n,), ...}, (n, V)
             adaptive = (g.square().sum(-1) + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
             weight = scale[rows] * adaptive
             total += (weight * report["loss"]).sum()
             reports.append(report | {"weighted": adaptive * report["loss"]})
             if grad_h is not None:
-                g = (weight[:, None] * g).to(dtype)
-                grad_h[rows] = g @ head
+                g = (weight[:, None] * g).to(low_h.dtype)
+                grad_h[rows] = g @ low_head
                 if grad_head is not None:
-                    grad_head += g.T @ h[rows]
+                    grad_head += g.T @ low_h[rows]
         ctx.save_for_backward(grad_h, grad_head)
         reports = {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
         ctx.mark_non_differentiable(*reports.values())
@@ -506,7 +512,7 @@ def read_checkpoint(path):
     """The dict that a training stage wrote: model, ema, optimizer, step, model_config, meta, args; on the CPU."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; train one with train_diagonal.py or distill.py, or name one with --checkpoint")
+        raise UserError(f"no checkpoint at {path}; train one with train_diagonal.py or distill.py, or name another")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "ema", "step", "model_config", "meta", "args"} - checkpoint.keys()

@@ -57,7 +57,7 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value <= high if above else low <= value <= high):
+        if not math.isfinite(value) or not (low < value <= high if above else low <= value <= high):
             bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'} {bounds}")
         return value
@@ -66,11 +66,18 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def run(main):
-    """Call main(); turn a UserError into one line on stderr and exit code 2."""
+    """Call main(); turn a UserError, or an OSError, into one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(
+            f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror or error}; name another place or free this one", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -322,6 +329,8 @@ def text_rows(args):
     train, val = documents["train"], documents["val"]
     if args.column not in train.column_names:
         raise UserError(f"no column {args.column!r} in the source, it has {train.column_names}; name one with --column")
+    if getattr(train.features[args.column], "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"column {args.column!r} holds {train.features[args.column]}, not text; name another with --column")
     if args.limit:
         train = train.select(range(min(args.limit, len(train))))
         val = val and val.select(range(min(args.limit, len(val))))
@@ -379,6 +388,8 @@ def read_meta(folder):
         missing = {"vocab_size", "seq_len", "train_rows", "val_rows", "tokenizer", "sha256"} - meta.keys()
     except (ValueError, AttributeError):
         raise UserError(f"{path} is not the meta.json of a data set; make it anew with prepare_data.py --force") from None
+    if not missing and not all(isinstance(meta[k], int) and meta[k] > 0 for k in ("vocab_size", "seq_len", "train_rows", "val_rows")):
+        raise UserError(f"{path}: vocab_size, seq_len, train_rows and val_rows must be positive integers; make it anew with prepare_data.py --force")
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; make it anew with prepare_data.py --force")
     return meta
@@ -495,8 +506,10 @@ def main():
     if (args.out / "meta.json").exists() and not args.force:
         print(f"{args.out} is already there; --force makes it anew")
         return
-    if args.out.exists() and not (args.out / "meta.json").exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists and is not a data set; name another folder with --out")
+    args.out = args.out.resolve()
+    if args.out.exists() and (not args.out.is_dir() or {p.name for p in args.out.iterdir()} - {"train.bin", "val.bin", "meta.json"}):
+        raise UserError(f"{args.out} exists and is not a data set alone; name another folder with --out")
+    old = args.out.with_name(args.out.name + ".old")
     partial = args.out.with_name(args.out.name + ".partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -509,8 +522,9 @@ def main():
     try:
         meta = build(args, partial)
         if args.out.exists():
-            shutil.rmtree(args.out)
+            args.out.rename(old)
         partial.rename(args.out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)

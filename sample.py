@@ -29,7 +29,7 @@ def generate(model, xi, nfe, euler=False):
     psi_ss takes the place of psi_st, which is all that a diagonal alone can do: on the linear path that
     is Euler's method for the drift (52), x + (t - s) b_s(x).
     """
-    grid = model.times(torch.linspace(0, 1, nfe + 1, dtype=torch.float64)).to(xi)
+    grid = model.times(torch.linspace(0, 1, nfe + 1, dtype=torch.float64)).to(xi.dtype).to(xi.device)
     y = model.embed_noise(xi)
     for k in range(nfe):
         s, t = (time.expand(len(xi), 1) for time in grid[k : k + 2])
@@ -66,6 +66,12 @@ def sampling_flags(parser, count):
     machine_flags(parser.add_argument_group("machine"))
 
 
+def check_output(flag, path):
+    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"{flag} {path}: " + ("it is a folder, name a file" if path.is_dir() else f"there is no folder {path.parent}; make it first"))
+
+
 def write_samples(path, rows, meta):
     """Token ids (N, L) to `path`: .npy as they are, anything else as text, one sample a line."""
     try:
@@ -85,9 +91,9 @@ def main():
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
-    if args.output and not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+    check_output("--output", args.output)
     model, checkpoint = load_model(args.checkpoint, args.device)
+    decode(checkpoint["meta"], [0])  # a missing tokenizer shows before the work, not after
     for nfe in args.nfe:
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype)
         if args.output:

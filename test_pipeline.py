@@ -183,6 +183,10 @@ def test_config_replays_a_run(work, tmp_path):
     python("train_diagonal.py", "--config", tmp_path / "a/config.json", "--out", tmp_path / "b", "--steps", 1, cwd=tmp_path)
     python("train_diagonal.py", "--config", tmp_path / "b/config.json", "--out", tmp_path / "b", "--steps", 2, "--resume", cwd=tmp_path)
     assert same(*(checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in "ab"))
+    flags = ["--data", work / "data/grammar", "--checkpoint", tmp_path / "a/checkpoint.pt", "--steps", 1, *TINY[2:]]
+    python("distill.py", "--loss", "psd", "--out", tmp_path / "d", *flags, cwd=tmp_path)
+    python("distill.py", "--config", tmp_path / "d/config.json", "--out", tmp_path / "e", cwd=tmp_path)  # --loss is in the file
+    assert same(*(checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in "de"))
     config = json.loads((tmp_path / "a/config.json").read_text())
     config["flags"]["learning_rate"] = 1
     (tmp_path / "c.json").write_text(json.dumps(config))
@@ -382,6 +386,15 @@ BAD = [
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--output", "nowhere/x.txt"], "nowhere"),
     (evaluate, ["--checkpoint", "absent.pt"], "absent.pt"),
     (evaluate, ["--checkpoint", "evil.pt"], "evil.pt"),
+    (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--output", "grammar"], "grammar"),
+    (prepare_data, ["grammar", "--out", "trained", "--force"], "trained"),
+    (prepare_data, ["file", "--source", "numbers.jsonl", "--tokenizer", "char"], "not text"),
+    (train_diagonal, ["--data", "large", "--device", "cpu", "--size", "tiny", "--batch-size", "512"], "vocabulary"),
+    (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "trained", "--resume", "--steps", "1"], "--steps"),
+    (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "trained", "--resume", "--seed", "1"], "seed"),
+    (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "small", "--out", "trained", "--resume"], "layers"),
+    (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "short.txt"], "short.txt"),
+    (train_diagonal, ["--data", "grammar", "--lr", "inf"], "--lr"),
 ]
 
 
@@ -399,6 +412,9 @@ def bad(work, tmp_path_factory):
     shutil.copytree(folder / "grammar", folder / "other")
     meta = json.loads((folder / "other/meta.json").read_text())
     (folder / "other/meta.json").write_text(json.dumps(meta | {"seq_len": 7}))
+    shutil.copytree(folder / "grammar", folder / "large")
+    (folder / "large/meta.json").write_text(json.dumps(meta | {"vocab_size": 9}))
+    (folder / "numbers.jsonl").write_text('{"text": 3}\n')
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("a b")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)

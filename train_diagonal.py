@@ -60,7 +60,7 @@ def diagonal(model, tokens, draw, power=0.5):
     paper's, favours the likelier tokens, so it trades diversity for sharper samples.
     """
     B, L = tokens.shape
-    t = model.times(draw.uniform(1)).to(tokens.device, torch.float32)  # (B, 1), by the noise schedule
+    t = model.times(draw.uniform(1)).float().to(tokens.device)  # (B, 1), by the noise schedule
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
@@ -76,7 +76,7 @@ class TokenRows:
     """The rows of data/NAME/{train,val}.bin and the order in which they are visited."""
 
     def __init__(self, folder, split, meta):
-        self.rows = read_rows(folder, split, meta)
+        self.rows, self.vocab_size = read_rows(folder, split, meta), meta["vocab_size"]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one data set lives as long as the program)
     def order(self, seed, epoch):
@@ -86,7 +86,10 @@ class TokenRows:
         """Tokens int64 (n, L) at positions (n,) of the endless sequence of shuffled epochs."""
         epochs, places = np.divmod(positions, len(self.rows))
         index = [self.order(seed, int(e))[p] for e, p in zip(epochs, places, strict=True)]
-        return torch.from_numpy(self.rows[index].astype(np.int64))
+        rows = self.rows[index].astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            raise UserError(f"the data hold token {rows.max()}, the vocabulary ends at {self.vocab_size - 1}; make them anew with prepare_data.py")
+        return torch.from_numpy(rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +170,9 @@ def train(args, ranks, model, objective, meta, passes):
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = 0
     if args.resume:
-        start = restore(path, model, optimizer, ema, meta)
+        start = restore(path, model, optimizer, ema, meta, args)
+        if start >= args.steps:
+            raise UserError(f"{path} is at step {start} already; give --steps a larger number than that")
         truncate_log(args.out / "log.jsonl", start, rank)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +189,8 @@ def train(args, ranks, model, objective, meta, passes):
             rows = np.arange(first, first + args.micro_batch)
             tokens = data[split].take(seed, step * args.batch_size + rows)
             if device.type == "cuda":
-                tokens = tokens.pin_memory().to(device, non_blocking=True)
+                tokens = tokens.pin_memory()
+            tokens = tokens.to(device, non_blocking=True)
             yield tokens, Draw(seed, step, rows, device)
 
     def validate():
@@ -217,7 +223,7 @@ def train(args, ranks, model, objective, meta, passes):
         extra = validate() if last or done % args.val_every == 0 else {}
         log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
         if last or done % args.save_every == 0:
-            log.check_finite()
+            log.check_finite(done)
             if rank == 0:
                 save(path, model, ema, optimizer, done, meta, args)
     log.close()
@@ -233,7 +239,7 @@ class Log:
         self.args, self.seq_len, self.flops = args, seq_len, flops
         self.rank, self.world, self.device = ranks
         rank = self.rank
-        self.file = open(args.out / "log.jsonl", "a") if rank == 0 else None  # noqa: SIM115 (closed in close)
+        self.file = open(args.out / "log.jsonl", "a" if args.resume else "w") if rank == 0 else None  # noqa: SIM115 (closed in close)
         self.bar = tqdm(initial=start, total=args.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
         self.sums, self.count, self.clock = {}, 0, time.perf_counter()
 
@@ -245,6 +251,7 @@ class Log:
         if not (extra or last or done % self.args.log_every == 0):
             return
         line = {"step": done} | self.means(done) | {"lr": lr} | self.speed() | extra
+        self.refuse_non_finite(extra, done)
         self.sums, self.count, self.clock = {}, 0, time.perf_counter()
         if self.rank == 0:
             self.file.write(json.dumps(line) + "\n")
@@ -258,16 +265,20 @@ class Log:
         names = list(self.sums)
         values = average([torch.as_tensor(self.sums[n], dtype=torch.float32, device=self.device) / self.count for n in names])
         means = dict(zip(names, torch.stack(values).tolist(), strict=True))
-        bad = [name for name, value in means.items() if not np.isfinite(value)]
-        if bad:
-            raise UserError(f"{bad[0]} is {means[bad[0]]} between steps {done - self.count + 1} and {done}; the last checkpoint is kept: "
-                            "resume from it with a lower --lr or --clip")  # fmt: skip
+        self.refuse_non_finite(means, done)
         return means
 
-    def check_finite(self):
+    def refuse_non_finite(self, values, done):
+        """Raise UserError, naming the first of `values` that is not finite."""
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise UserError(f"{bad[0]} is {values[bad[0]]} between steps {done - self.count + 1} and {done}; the last checkpoint is kept: "
+                            "resume from it with a lower --lr or --clip")  # fmt: skip
+
+    def check_finite(self, done):
         """Before a checkpoint: raise UserError where any scalar since the last line is not finite."""
         if self.count:
-            self.means(self.args.steps)
+            self.means(done)
 
     def speed(self):
         seconds = (time.perf_counter() - self.clock) / self.count
@@ -321,7 +332,6 @@ def start_ranks(args):
     device = torch.device(args.device if args.device != "cuda" else f"cuda:{local}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -342,13 +352,21 @@ def save(path, model, ema, optimizer, step, meta, args):
     os.close(folder)
 
 
-def restore(path, model, optimizer, ema, meta):
-    """Load a checkpoint into model, optimizer and ema, strictly; return its step."""
+def restore(path, model, optimizer, ema, meta, args):
+    """Load a checkpoint into model, optimizer and ema, strictly; return its step.
+
+    Raises UserError where the checkpoint is of another model, data set or run than these flags describe.
+    """
     checkpoint = read_checkpoint(path)
     if checkpoint["model_config"] != config_dict(model):
         raise UserError(f"{path} was trained with {checkpoint['model_config']}, these flags give {config_dict(model)}")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
         raise UserError(f"{path} was trained on another data set (sha256 of its rows differs); name that one with --data")
+    # stage1: the sha256 of the checkpoint that stage 2 starts from
+    for key in ("loss", "teacher", "stage1", "seed", "batch_size", "beta2"):
+        was, now = checkpoint["args"].get(key), plain(args).get(key)
+        if was != now:
+            raise UserError(f"{path} was trained with {key} {was}, this run has {now}; resume with the same, or name another --out")
     model.load_state_dict(checkpoint["model"], strict=True)
     optimizer.load_state_dict(checkpoint["optimizer"])
     for name, value in ema.items():
@@ -357,25 +375,33 @@ def restore(path, model, optimizer, ema, meta):
 
 
 def truncate_log(path, step, rank):
-    """Drop the lines after the checkpoint's step: the resumed run writes them again."""
+    """Drop the lines after the checkpoint's step, and a last one cut short: the resumed run writes them again."""
+
+    def keep(line):
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:
+            return False
+
     if rank == 0 and path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(line + "\n" for line in path.read_text().splitlines() if keep(line)))
+        os.replace(beside, path)
 
 
 def plain(args):
     """An argparse namespace as a dict of plain builtins."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "flags"}
 
 
 def write_config(args):
-    """args.out / config.json: the resolved flags, the command line, versions and the git commit."""
+    """args.out / config.json: the flags as parsed, what they resolved to, the command line, versions and the git commit."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    content = {"flags": plain(args), "command": sys.argv, "versions": versions, "commit": commit or None}
+    content = {"flags": args.flags, "resolved": plain(args), "command": sys.argv, "versions": versions, "commit": commit or None}
     (args.out / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -409,15 +435,20 @@ def training_flags(parser, steps):
 
 
 def parse_training_args(parser, argv=None):
-    """Parse, with --config replayed as flags before the ones given, and fill in the defaults that depend on others."""
+    """Parse, with --config replayed as flags before the ones given, and fill in the defaults that depend on others.
+
+    args.flags keeps the flags as parsed, for config.json: what depends on the machine is decided anew there.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    if args.config:
-        args = parser.parse_args(replay(parser, args.config) + argv)
+    early = Parser(prog=parser.prog, add_help=False)
+    early.add_argument("--config", type=Path)
+    config = early.parse_known_args(argv)[0].config
+    args = parser.parse_args((replay(parser, config) if config else []) + argv)
+    args.flags = plain(args)
     resolve_machine(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    args.micro_batch = args.micro_batch or min(64, max(1, args.batch_size // world))
+    share = max(1, args.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
+    args.micro_batch = args.micro_batch or next(n for n in range(min(64, share), 0, -1) if share % n == 0)
     return args
 
 
@@ -432,10 +463,10 @@ def replay(parser, path):
     for key, value in items:
         if key in ("config", "resume", "out") or value is None:
             continue
-        if key not in known:
+        if key not in known or key == "help":
             raise UserError(f"--config {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
         flag = known[key].option_strings[-1 if value is False else 0]
-        argv += [flag] if isinstance(value, bool) else [flag, str(value)]
+        argv += [flag] if isinstance(value, bool) else [f"{flag}={value}"]
     return argv
 
 
