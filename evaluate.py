@@ -66,7 +66,7 @@ def generative_perplexity(texts, judge, tokenizer, max_length, batch_size=8):
 
     Texts keep their special tokens; they are re-tokenised, truncated to max_length (the model's own L),
     padded with EOS. No BOS is put before, so the first token is not scored. Every token other than EOS
-    counts, and the first EOS. Every text counts, also those of a last, smaller batch.
+    counts, and the first EOS; padding never does. Every text counts, also those of a last, smaller batch.
     """
     nll, tokens = 0.0, 0
     for first in tqdm(range(0, len(texts), batch_size), desc="judging", unit="batch", leave=False, disable=None):
@@ -74,10 +74,11 @@ def generative_perplexity(texts, judge, tokenizer, max_length, batch_size=8):
         ids = batch["input_ids"].to(judge.device)
         if ids.shape[1] < 2:
             continue
-        logits = judge(input_ids=ids, attention_mask=batch["attention_mask"].to(judge.device)).logits[:, :-1].float()
+        mask = batch["attention_mask"].to(judge.device)
+        logits = judge(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         eos = ids == tokenizer.eos_token_id
-        counted = ~eos | (eos & (eos.cumsum(1) == 1))
+        counted = (~eos | (eos.cumsum(1) == 1)) & mask.bool()
         nll += losses[counted[:, 1:]].sum(dtype=torch.float64).item()
         tokens += counted[:, 1:].sum().item()
     return math.exp(nll / tokens) if tokens else math.nan

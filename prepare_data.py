@@ -220,10 +220,12 @@ def bert_tokenizer(where):
     except ImportError:
         raise UserError("the bert tokenizer needs transformers: pip install transformers") from None
     try:
-        return BertTokenizerFast.from_pretrained(where)
+        tokenizer, reason = BertTokenizerFast.from_pretrained(where), "no vocabulary"
     except Exception as error:
-        raise UserError(f"no bert tokenizer at {where!r} ({type(error).__name__}); connect to the internet, "
-                        "or give --bert a folder that holds its vocab.txt") from None  # fmt: skip
+        tokenizer, reason = [], type(error).__name__
+    if len(tokenizer) < 1000:  # transformers 5 makes an empty tokenizer where it finds no files
+        raise UserError(f"no bert tokenizer at {where!r} ({reason}); connect to the internet, or give --bert a folder that holds its vocab.txt")
+    return tokenizer
 
 
 def encode_batch(batch, tokenizer, column, bert):
@@ -305,7 +307,8 @@ def load_documents(args):
             files = [f for path in local for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.suffix in kinds or path == f]
             suffixes = {f.suffix for f in files}
             if len(suffixes) != 1 or not suffixes <= kinds.keys():
-                raise UserError(f"--source holds {sorted(suffixes) or 'no files'}; expected files of one kind: {', '.join(kinds)}")
+                found = ", ".join(sorted({f.name for f in files})[:3]) or "no files"
+                raise UserError(f"--source holds {found}; expected files of one kind: {', '.join(kinds)}")
             kind = kinds[suffixes.pop()]
             extra = {"sample_by": args.documents, "keep_linebreaks": False} if kind == "text" else {}
             loaded = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", **extra)
@@ -511,6 +514,7 @@ def main():
         raise UserError(f"{args.out} exists and is not a data set alone; name another folder with --out")
     old = args.out.with_name(args.out.name + ".old")
     partial = args.out.with_name(args.out.name + ".partial")
+    fresh_parent = not args.out.parent.exists()
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
@@ -527,6 +531,8 @@ def main():
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if fresh_parent and not args.out.exists():
+            args.out.parent.rmdir()
         os.close(lock)
     print(f"{args.out}: {meta['train_rows']:,} training and {meta['val_rows']:,} validation rows of {meta['seq_len']} tokens, "
           f"vocabulary {meta['vocab_size']:,}")  # fmt: skip

@@ -132,9 +132,10 @@ def average(tensors):
     forward mode) and, for PSD, must see two averaged gradients before it adds them.
     """
     if dist.is_initialized():
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-            work.wait()
-        torch._foreach_div_(tensors, dist.get_world_size())
+        flat = torch.cat([t.flatten() for t in tensors])  # one message, not one a parameter
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)])
     return tensors
 
 
@@ -163,6 +164,8 @@ def train(args, ranks, model, objective, meta, passes):
     if path.exists() and not args.resume:
         raise UserError(f"{path} exists: go on with --resume, or name another folder with --out")
     data = {split: TokenRows(args.data, split, meta) for split in ("train", "val")}
+    for rows in data.values():
+        rows.take(args.seed, np.arange(args.batch_size))  # bad tokens show before anything is written
 
     model.to(device)
     names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
