@@ -143,7 +143,7 @@ def test_linear_forms():
 def test_mean_denoiser(path):
     """psi_st is the average of psi_uu along the trajectory, uniform in r (58), and lies on the simplex."""
     oracle, x = Oracle(path), states(path, S)
-    nodes, weights = np.polynomial.legendre.leggauss(64)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
     p, mean = oracle.path, 0
     r = lambda t: p.beta(t) / p.alpha(t)  # noqa: E731
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):

@@ -317,7 +317,7 @@ def test_generative_perplexity(judge):
             seen |= token == tokenizer.eos_token_id
             if position and counts:
                 logits = model(torch.tensor([ids[:position]])).logits[0, -1]
-                nll -= float(logits.double().log_softmax(-1)[token])
+                nll -= float(logits.detach().double().log_softmax(-1)[token])
                 count += 1
     for batch in (1, 3, 8):
         ours = evaluate.generative_perplexity(texts, model, tokenizer, max_length=24, batch_size=batch)
