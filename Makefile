@@ -8,7 +8,7 @@ READY := .venv/installed
 
 .PHONY: demo test clean
 
-# What differs from the paper's settings fits a network of 0.8M parameters to ten minutes: see README.md.
+# What differs from the paper's settings fits a network of 1.0M parameters to ten minutes: see README.md.
 FLAGS := --data data/grammar --batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 200 --val-every 1000
 RUNS := runs/grammar-diagonal runs/grammar-esd
 
