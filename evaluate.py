@@ -141,8 +141,9 @@ def main():
     if len(kinds) > 1:
         raise UserError("--checkpoint mixes models of the grammar with models of text; evaluate them apart")
 
+    on_grammar = kinds == {True}
     results, shown = [], []
-    if kinds == {True}:
+    if on_grammar:
         folder = args.data or Path(loaded[-1][1]["args"]["data"])
         train_rows = read_rows(folder, "train", read_meta(folder))
         fresh = grammar_rows(args.num_samples, [args.seed, 2])  # what a perfect model would write; train and val are draws 0 and 1
@@ -157,7 +158,7 @@ def main():
             texts = [decode(meta, row) for row in rows]
             name = path.parent.name or str(path)
             scores = {"model": name, "sampler": "euler" if euler else "flow-map", "nfe": nfe, "entropy": unigram_entropy(rows)}
-            if kinds == {True}:
+            if on_grammar:
                 scores |= grammar_scores(rows, train_rows)
             else:
                 scores["gen_ppl"] = generative_perplexity(texts, *judge, meta["seq_len"], args.judge_batch)
@@ -168,7 +169,7 @@ def main():
         if texts:
             print(f"\n{scores['model']}, {scores['nfe']} NFE:")
             print("\n".join(f"  {text}" for text in texts))
-    args.output.write_text(json.dumps({"num_samples": args.num_samples, "seed": args.seed, "judge": None if kinds == {True} else args.judge,
+    args.output.write_text(json.dumps({"num_samples": args.num_samples, "seed": args.seed, "judge": None if on_grammar else args.judge,
                                        "results": results}, indent=1) + "\n")  # fmt: skip
     print(f"\nwritten to {args.output}")
     if args.plot:

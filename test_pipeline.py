@@ -135,19 +135,21 @@ def test_training_learns(tmp_path, work):
 # Ranks, accumulation, resume.
 
 
+def stage_command(stage, work):
+    """The program and flags of a short run of stage 1 ("diagonal"), or of stage 2 with that loss, on the grammar."""
+    if stage == "diagonal":
+        return ["train_diagonal.py", "--data", work / "data/grammar", *TINY]
+    start = work / "runs/grammar-diagonal/checkpoint.pt"
+    return ["distill.py", "--loss", stage, "--checkpoint", start, "--data", work / "data/grammar", *TINY[2:]]
+
+
 @pytest.mark.parametrize("stage", ["diagonal", "psd", "esd"])
 def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
     """One step by one rank, by one rank in four micro-batches, and by two ranks: the same gradient (Adam's first moment)."""
-    program = (
-        ["train_diagonal.py"]
-        if stage == "diagonal"
-        else ["distill.py", "--loss", stage, "--checkpoint", work / "runs/grammar-diagonal/checkpoint.pt"]
-    )
-    flags = [f for f in TINY if stage == "diagonal" or f not in ("--size", "tiny")]
+    program = stage_command(stage, work)
     moments = []
     for name, ranks, micro in (("whole", 1, 16), ("micro", 1, 4), ("ranks", 2, 4)):
-        python(*program, "--data", work / "data/grammar", "--out", tmp_path / name, "--steps", 1, "--micro-batch", micro, *flags,
-               ranks=ranks, cwd=tmp_path)  # fmt: skip
+        python(*program, "--out", tmp_path / name, "--steps", 1, "--micro-batch", micro, ranks=ranks, cwd=tmp_path)
         saved = checkpoint(tmp_path / name / "checkpoint.pt")
         moments.append([state["exp_avg"] for state in saved["optimizer"]["state"].values()])
         assert len(log_lines(tmp_path / name)) == 1
@@ -160,18 +162,13 @@ def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
 @pytest.mark.parametrize("stage", ["diagonal", "psd", "esd"])
 def test_resume_is_not_stopping(work, tmp_path, stage):
     """Three steps, then --resume to six, equal six at once: weights, average, optimizer and log, bit for bit."""
-    program = (
-        ["train_diagonal.py"]
-        if stage == "diagonal"
-        else ["distill.py", "--loss", stage, "--checkpoint", work / "runs/grammar-diagonal/checkpoint.pt"]
-    )
-    flags = ["--data", work / "data/grammar", "--micro-batch", 8, *(f for f in TINY if stage == "diagonal" or f not in ("--size", "tiny"))]
-    python(*program, "--out", tmp_path / "whole", "--steps", 6, "--val-every", 3, *flags, cwd=tmp_path)
-    python(*program, "--out", tmp_path / "parts", "--steps", 3, "--val-every", 3, *flags, cwd=tmp_path)
+    program = [*stage_command(stage, work), "--micro-batch", 8]
+    python(*program, "--out", tmp_path / "whole", "--steps", 6, "--val-every", 3, cwd=tmp_path)
+    python(*program, "--out", tmp_path / "parts", "--steps", 3, "--val-every", 3, cwd=tmp_path)
     # lines that a killed run wrote after its last checkpoint are written again, not twice
     with open(tmp_path / "parts/log.jsonl", "a") as file:
         file.write('{"step": 4}\n{"st')
-    python(*program, "--out", tmp_path / "parts", "--steps", 6, "--val-every", 3, "--resume", *flags, cwd=tmp_path)
+    python(*program, "--out", tmp_path / "parts", "--steps", 6, "--val-every", 3, "--resume", cwd=tmp_path)
     whole, parts = (checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
     for key in ("model", "ema", "optimizer", "step", "model_config", "meta"):
         assert same(whole[key], parts[key]), key
