@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,13 @@ def python(*args, ranks=1, cwd, env=None, ok=True):
     done = subprocess.run([*launch, str(HERE / script), *rest], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +165,23 @@ def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
         scale = max(float(m.abs().max()) for m in moments[0])
         assert max(float((a - b).abs().max()) for a, b in zip(moments[0], other, strict=True)) < 1e-5 * scale
     assert scale > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of a process's threads are read from /proc")
+def test_a_rank_ends_its_group(work, tmp_path):
+    """No thread of the process group outlives train: one that does can abort the exit of a run that succeeded."""
+    command = [str(a) for a in stage_command("esd", work)]
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import distill
+sys.argv = {[*command, "--steps", "1"]!r}
+distill.main()
+names = [open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in names), names
+"""
+    (tmp_path / "rank.py").write_text(script)
+    python(tmp_path / "rank.py", cwd=tmp_path, env=dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())))
 
 
 @pytest.mark.parametrize("stage", ["diagonal", "psd", "esd"])

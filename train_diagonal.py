@@ -31,6 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported here, before any process group, for what it would do later: Adam's first step imports it, and
+# its default arguments then keep the group, whose threads outlive destroy_process_group and can abort the exit.
+import torch.distributed.nn.functional
 from tqdm import tqdm
 
 from model import (
