@@ -2,112 +2,183 @@
 
     python distill.py --loss esd                        # from the run that train_diagonal.py writes by default
     torchrun --nproc_per_node=8 distill.py --loss psd
-    python distill.py --data data/grammar --loss psd --steps 1000 --batch-size 256
+    python distill.py --data data/grammar --loss lsd --steps 1000 --batch-size 256
+    python distill.py --loss esd --joint                # both losses at once, from scratch
 
 Reads data/NAME and a stage-1 checkpoint. Writes runs/NAME-LOSS/ as stage 1 does: config.json, log.jsonl,
 checkpoint.pt. Half of the rows go on learning the diagonal (21), the others learn one identity of the
-mean denoiser, each by KL(sg[teacher] || psi_st(x_s)) (27, 35) with x_s drawn from the interpolant:
+mean denoiser, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant:
 
-    psd   the semigroup, two jumps make one      psi_st = omega psi_su + (1 - omega) psi_ut(X_su)     (23, 64)
-    esd   the Eulerian, D_s along the flow       psi_st = softmax(z_ss - log(1 - delta / kappa))      (25, 33)
+    psd   the semigroup, two jumps make one      psi_st = omega psi_su + (1 - omega) psi_ut(X_su)         (23, 64)
+    lsd   the Lagrangian, d/dt                   psi_st = softmax(z_tt(X_st) - log(1 + C delta))          (24, 29)
+    esd   the Eulerian, D_s along the flow       psi_st = softmax(z_ss - log(1 - delta / kappa))          (25, 33)
 
 The embedding W stays as stage 1 left it, so that student and teacher see the same y = x W.
 """
 
+import copy
 import hashlib
 from argparse import BooleanOptionalAction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import build_model, head_loss, kl, load_model, lowered, softmax, wide
+from model import head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
 from prepare_data import Parser, UserError, number, read_meta, run
-from train_diagonal import diagonal, parse_training_args, start_ranks, train, training_flags
+from train_diagonal import diagonal, model_flags, new_model, parse_training_args, quarters, start_ranks, train, training_flags
 
 # ------------------------------------------------------------------------------------------------
-# The teachers. Each takes (model, teacher, y, s, u, t) and returns the student's hidden vectors h_st
-# (B, L, D), with their graph, and a function for model.kl: (z_st, rows) -> (log q, report).
-# `teacher` gives the instantaneous denoiser: the frozen stage-1 network, or the student itself.
+# The jumps.
 
 
-def psd(model, teacher, y, s, u, t):
+class Jump(NamedTuple):
+    """Times s <= u <= t of the path, (B, 1) or (B, L), and the rates of s and t: their derivatives in progress.
+
+    One time shared by all positions has rate 1. Where each position has its own (38), D_s and d/dt are
+    the derivatives along the common progress, so position l's identity carries its own rate.
+    """
+
+    s: torch.Tensor
+    u: torch.Tensor
+    t: torch.Tensor
+    ds: torch.Tensor
+    dt: torch.Tensor
+
+    @classmethod
+    def between(cls, model, s, u, t):
+        """From progress s <= u <= t, float64 (B, 1) each."""
+        (s, ds), (u, _), (t, dt) = (model.times_and_rates(tau) for tau in (s, u, t))
+        return cls(s, u, t, ds, dt)
+
+
+def draw_progress(draw, boundary, law="uniform"):
+    """Progress s <= u <= t, float64 (B, 1) each: a step by `law`, its start uniform, u half-way.
+
+    law: the step is uniform on (0.001, 1), or that between a "pair" of uniform times (at s = t nothing
+    would be learned, and the semigroup is 0/0). A share `boundary` of the rows goes all the way from
+    noise to data, as one-step sampling will.
+    """
+    step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
+    step = 0.001 + 0.999 * (step if law == "uniform" else 1 - (1 - step).sqrt())
+    step = torch.where(edge < boundary, 1.0, step)
+    s = start * (1 - step)
+    return s, s + step / 2, s + step
+
+
+# ------------------------------------------------------------------------------------------------
+# The teachers. Each takes (model, teacher, y, jump, args) and returns the student's hidden vectors h_st
+# (B, L, D), with their graph, and a divergence for model.head_loss, whose target is a constant.
+# `teacher` gives the instantaneous denoiser: the frozen stage-1 network, the average, or the student itself.
+
+
+def psd(model, teacher, y, jump, args):
     """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64); the student teaches itself."""
+    s, u, t = jump[:3]
     with torch.no_grad():
         h_su = model(y, s, u)
         X_su = model.path.flow_map(y, model.soft_embedding(h_su), s, u)
         h_ut = model(X_su, u, t).flatten(0, 1)
         h_su = h_su.flatten(0, 1)
-        omega = model.path.omega(s, u, t).expand(y.shape[:2]).flatten()[:, None]  # (B L, 1)
-
+        omega = a_row_each(model.path.omega(s, u, t), y)
     head = lowered(model.head)
 
     def target(z, rows):
-        psi_su, psi_ut = (softmax(wide(h[rows] @ head.T)) for h in (h_su, h_ut))
-        q = torch.lerp(psi_ut, psi_su, omega[rows])
-        return q.log(), {}
+        log_su, log_ut = (wide(h[rows] @ head.T).log_softmax(-1) for h in (h_su, h_ut))
+        return torch.logaddexp(log_su + omega[rows].log(), log_ut + (1 - omega[rows]).log()), {}
 
-    return model(y, s, t), target
+    return model(y, s, t), (reverse_kl if args.reverse_kl else kl)(target)
 
 
-def esd(model, teacher, y, s, u, t):
-    """Eulerian: q = softmax(z_ss - log(a - b delta)), delta = dz - <psi_st, dz>, dz = D_s z_st (33, 43, 70)."""
+def lsd(model, teacher, y, jump, args):
+    """Lagrangian: psi_st = psi_tt(X_st) - C d/dt psi_st (24, 29, 68), the derivative along the progress of t."""
+    s, _, t, _, dt = jump
+    h, dh = model.derivative(y, s, t, dt=dt)
+    with torch.no_grad():
+        X_st = model.path.flow_map(y, model.soft_embedding(h), s, t)
+        h_tt = teacher(X_st, t, t)
+    C = model.path.C(s, t)
+    return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / dt, args.target)
+
+
+def esd(model, teacher, y, jump, args):
+    """Eulerian: psi_st = psi_ss + D_s psi_st / kappa (25, 33, 43, 70), the derivative along the flow."""
+    s, _, t, ds, _ = jump
     with torch.no_grad():
         h_ss = teacher(y, s, s)
         drift = model.path.drift(y, teacher.soft_embedding(h_ss), s)  # b_s(y)
-        h_ss = h_ss.flatten(0, 1)
-        a, b = (c.expand(y.shape[:2]).flatten()[:, None] for c in model.path.eulerian(s, t))  # (B L, 1) each
-    h, dh = model.derivative(y, s, t, drift, torch.ones_like(s), torch.zeros_like(t))
-    dh, head, teacher_head = dh.flatten(0, 1), lowered(model.head), lowered(teacher.head)
+    h, dh = model.derivative(y, s, t, dy=ds[..., None] * drift, ds=ds)
+    a, b = model.path.eulerian(s, t)
+    return h, corrected(model, teacher, h_ss, dh, a, -b / ds, args.target)
+
+
+def corrected(model, teacher, h, dh, a, b, form):
+    """The divergence from the identity a (psi_st - psi) + b d psi_st = 0, psi = softmax(h, by the teacher's head).
+
+    dz is the derivative of the student's logits, so d psi_st = psi_st delta, delta = dz - <psi_st, dz>. Two
+    forms with the same fixed point, h and dh (B, L, D), a and b (B, 1 or L):
+
+        logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution. For the true map the
+                 log's argument is positive; for a network it need not be, so it is kept above CLAMP (a + |b|),
+                 and the share of clamped entries is reported.
+        signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, no clamp, and no 0/0 at t = 1.
+    """
+    a, b = a_row_each(a, h), a_row_each(b, h)
+    h, dh, head, teacher_head = h.flatten(0, 1), dh.flatten(0, 1), lowered(model.head), lowered(teacher.head)
+
+    def derivatives(z, rows):
+        z_teacher, dz, psi_st = wide(h[rows] @ teacher_head.T), wide(dh[rows] @ head.T), softmax(z)
+        return z_teacher, psi_st, dz - (psi_st * dz).sum(-1, keepdim=True)
 
     def target(z, rows):
-        z_ss, dz = wide(h_ss[rows] @ teacher_head.T), wide(dh[rows] @ head.T)
-        delta = dz - (softmax(z) * dz).sum(-1, keepdim=True)
-        argument, floor = a[rows] - b[rows] * delta, CLAMP * (a[rows] + b[rows])
-        log_q = (z_ss - argument.clamp(min=floor).log()).log_softmax(-1)
-        return log_q, {"clamped": (argument < floor).float().mean(-1)}
+        z_teacher, _, delta = derivatives(z, rows)
+        argument, floor = a[rows] + b[rows] * delta, CLAMP * (a[rows] + b[rows].abs())
+        return (z_teacher - argument.clamp(min=floor).log()).log_softmax(-1), {"clamped": (argument < floor).float().mean(-1)}
 
-    return h, target
+    def residual(z, rows):
+        z_teacher, psi_st, delta = derivatives(z, rows)
+        psi = softmax(z_teacher)
+        entropy = -torch.linalg.vecdot(psi, z_teacher.log_softmax(-1))
+        return a[rows] * (psi_st - psi) + b[rows] * psi_st * delta, {"teacher_entropy": entropy}
+
+    return kl(target) if form == "logit" else signed(residual)
 
 
-# For the true map a - b delta is positive; for a network it need not be. It is kept above this share
-# of a + b, and the share of clamped entries is logged: the best sign of health there is.
+def a_row_each(value, y):
+    """Times or coefficients (B, 1 or L) as a column (B L, 1) beside the rows of y (B, L, *)."""
+    return value.expand(y.shape[:2]).reshape(-1, 1)
+
+
+# Small, for the truth often is: the Eulerian's argument is psi_ss / psi_st up to a factor, 1e-3 and less for
+# a token that the jump has settled. The clamped share is the best sign of health there is.
 CLAMP = 1e-5
 
-TEACHERS = {"psd": psd, "esd": esd}
+TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 
 
 # ------------------------------------------------------------------------------------------------
 # The objective of stage 2: the diagonal on some rows, consistency on the others.
 
 
-def consistency_times(model, draw, boundary):
-    """Times s <= u <= t of the path, float64 (B, 1) each: uniform step, uniform start, u half-way (in progress tau).
-
-    The step d ~ U(0.001, 1), s ~ U(0, 1 - d), t = s + d (s = t says nothing new, and is 0/0); a share `boundary` of the rows goes all the way
-    from noise to data, d = 1, as one-step sampling will.
-    """
-    step, start, edge = draw.uniform(3).unbind(-1)
-    step = torch.where(edge < boundary, 1.0, 0.001 + 0.999 * step)
-    s = start * (1 - step)
-    return [model.times(tau)[:, None] for tau in (s, s + step / 2, s + step)]
-
-
 def consistency(model, teacher, tokens, draw, args):
-    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), weighted by (45) with r = 0.5, c = 1e-6, then by exp(-w)."""
+    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or what args asks for in its place, weighted by (45) with c = 1e-6, then by exp(-w)."""
     B, L = tokens.shape
-    s, u, t = (v.float().to(tokens.device) for v in consistency_times(model, draw, args.boundary))
-    y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
-    h, target = TEACHERS[args.loss](model, teacher, y, s, u, t)
-    w = torch.zeros_like(s)
+    progress = draw_progress(draw, args.boundary, args.step_law)
+    jump = Jump(*(v.float().to(tokens.device) for v in Jump.between(model, *progress)))
+    y = model.interpolate(draw.normal(L, model.noise_size), tokens, jump.s)
+    h, divergence = TEACHERS[args.loss](model, teacher, y, jump, args)
+    w = torch.zeros_like(jump.s)
     if args.learned_weight:
-        w = model.log_weight(s, s if args.loss == "psd" else t).float()
+        w = model.log_weight(jump.s, jump.s if args.loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
-    loss, report = head_loss(h.flatten(0, 1), model.head, torch.exp(-w.detach()) / (B * L), kl(target), c=1e-6, r=0.5)
+    loss, report = head_loss(h.flatten(0, 1), model.head, torch.exp(-w.detach()) / (B * L), divergence, c=1e-6, r=args.consistency_power)
     # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `loss` already
     learned = torch.exp(-w) * report.pop("weighted")
-    report["consistency_kl"] = report.pop("loss")
-    return loss + (learned - learned.detach() + w).mean(), {name: value.mean() for name, value in report.items()}
+    name = "consistency_kl" if args.target == "logit" else "consistency_square"
+    report[name] = report.pop("loss")
+    bins = quarters(name, report[name], progress[-1])
+    return loss + (learned - learned.detach() + w).mean(), {name: value.mean() for name, value in report.items()} | bins
 
 
 def distillation(args, teacher):
@@ -123,40 +194,83 @@ def distillation(args, teacher):
     return objective
 
 
+def check_flags(parser, args):
+    """Fill in the defaults that depend on --loss and --joint; UserError for flags that contradict each other."""
+    if args.reverse_kl and args.loss != "psd":
+        raise UserError(f"--reverse-kl goes with --loss psd: the teacher of {args.loss} is built for the forward KL")
+    if args.loss == "psd" and args.target != "logit":
+        raise UserError(f"--target {args.target}: the teacher of psd is a distribution as it is; leave it out")
+    if args.loss == "psd" and args.teacher:
+        raise UserError(f"--teacher {args.teacher}: psd has no instantaneous term, it takes no such teacher; leave it out")
+    if args.joint:
+        if args.checkpoint:
+            raise UserError("--joint trains from scratch and --checkpoint names a start; give one of them")
+        if args.teacher not in (None, "self"):
+            raise UserError(f"--teacher {args.teacher}: with --joint the embedding is learned, which only the student shares; leave it out")
+    else:
+        given = [
+            name for name in ("size", "schedule", "schedule_blend", "position_lag", "interpolant") if getattr(args, name) != parser.get_default(name)
+        ]
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is fixed by the stage-1 checkpoint; give it to train_diagonal.py, or train from scratch with --joint"
+            )
+    args.teacher = args.teacher or ("self" if args.joint or args.loss == "psd" else "frozen")
+    args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
+    args.steps = args.steps or (1_000_000 if args.joint else 100_000)
+    args.out = args.out or Path("runs") / f"{args.data.name}-{args.loss}{'-joint' * args.joint}"
+    if round(args.micro_batch * args.diagonal_share, 6) % 1:
+        raise UserError(f"--micro-batch {args.micro_batch} x --diagonal-share {args.diagonal_share} is not a whole number of rows; change either")
+
+
 def main():
     parser = Parser(prog="distill.py", description=__doc__.partition("\n")[0])
     group = parser.add_argument_group("distillation")
     group.add_argument("--loss", choices=list(TEACHERS), required=True, help="the identity to learn")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="stage-1 checkpoint (default: runs/DATA-diagonal/checkpoint.pt)")
-    group.add_argument("--teacher", choices=["frozen", "self"], default="frozen", help="who gives psi_ss and b_s to ESD: stage 1, or the student")
+    group.add_argument("--joint", action="store_true", help="no stage 1: train both losses from scratch, the embedding as well")
+    group.add_argument("--teacher", choices=["frozen", "ema", "self"],
+                       help="who gives LSD and ESD the instantaneous denoiser: stage 1 (the default), the averaged weights, the student")  # fmt: skip
+    group.add_argument("--target", choices=["logit", "signed"], default="logit",
+                       help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
     group.add_argument("--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, help="share of the rows that learn the diagonal")
+    group.add_argument("--step-law", choices=["uniform", "pair"], default="uniform",
+                       help="length of a jump t - s, in progress: uniform, or as between a pair of uniform times")  # fmt: skip
     group.add_argument("--boundary", type=number(float, 0, 1), default=1 / 32, help="share of the other rows that jump from noise to data")
-    group.add_argument("--learned-weight", action=BooleanOptionalAction, default=True, help="learn a weight of s (PSD) or of s and t (ESD)")
+    group.add_argument("--reverse-kl", action="store_true", help="KL(psi || teacher) instead of KL(teacher || psi); with psd")
+    group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",
+                       help="exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss")  # fmt: skip
+    group.add_argument("--learned-weight", action=BooleanOptionalAction, default=True, help="learn a weight of s (PSD) or of s and t (LSD, ESD)")
     group.add_argument("--surgery", action=BooleanOptionalAction, help="project conflicting gradients (default: with psd)")
-    training_flags(parser, steps=100_000)
+    training_flags(parser, steps=None)
+    model_flags(parser)
     args = parse_training_args(parser)
-    args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
-    args.out = args.out or Path("runs") / f"{args.data.name}-{args.loss}"
-    args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
+    check_flags(parser, args)
     meta = read_meta(args.data)
-    if round(args.micro_batch * args.diagonal_share, 6) % 1:
-        raise UserError(f"--micro-batch {args.micro_batch} x --diagonal-share {args.diagonal_share} is not a whole number of rows; change either")
-
-    teacher, checkpoint = load_model(args.checkpoint)
-    for key in ("tokenizer", "vocab_size", "seq_len"):
-        if checkpoint["meta"][key] != meta[key]:
-            raise UserError(f"{args.checkpoint} was trained on rows of {key} {checkpoint['meta'][key]}, {args.data} has {key} {meta[key]}; "
-                            "name the data set that it was trained on with --data")  # fmt: skip
-    args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-    model = build_model(teacher.config)
-    model.load_state_dict(teacher.state_dict(), strict=True)
-    model.embedding.requires_grad_(False)
+    args.stage1 = None
+    if args.joint:
+        model = new_model(args, meta)
+    else:
+        args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
+        model, checkpoint = load_model(args.checkpoint)
+        for key in ("tokenizer", "vocab_size", "seq_len"):
+            if checkpoint["meta"][key] != meta[key]:
+                raise UserError(f"{args.checkpoint} was trained on rows of {key} {checkpoint['meta'][key]}, {args.data} has {key} {meta[key]}; "
+                                "name the data set that it was trained on with --data")  # fmt: skip
+        args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+        model.train().requires_grad_(True).embedding.requires_grad_(False)
     ranks = start_ranks(args)
-    frozen = args.loss == "esd" and args.teacher == "frozen"
-    objective = distillation(args, teacher.to(ranks[-1]) if frozen else None)
-    # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more,
-    # for psi_su and psi_ut; an ESD row as well, for psi_ss and the tangent of the dual pass.
-    train(args, ranks, model, objective, meta, passes=3 * args.diagonal_share + 5 * (1 - args.diagonal_share))
+    ema, teacher = copy.deepcopy(model), None
+    if args.teacher == "frozen":
+        teacher = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False)
+        if args.compile:
+            teacher.compile_blocks()
+    if args.teacher == "ema":
+        teacher = ema
+    # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for
+    # psi_su and psi_ut; so does an LSD or ESD row, for the instantaneous term and the tangent of the dual pass.
+    passes = 3 * args.diagonal_share + 5 * (1 - args.diagonal_share)
+    train(args, ranks, model, ema, distillation(args, teacher), meta, passes)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import load_model, resolve_machine
+from model import resolve_machine
 from prepare_data import Parser, UserError, decode, grammar_entropy, grammar_log_prob, grammar_rows, number, read_meta, read_rows, run
-from sample import check_output, draw_samples, is_euler, sampling_flags
+from sample import check_output, draw_samples, is_euler, load_sampler, sampling_flags
 
 
 def unigram_entropy(rows):
@@ -136,7 +136,7 @@ def main():
     check_output("--output", args.output)
     check_output("--plot", args.plot)
     pyplot = load_pyplot() if args.plot else None
-    loaded = [load_model(path, args.device) for path in args.checkpoint]
+    loaded = [load_sampler(path, args) for path in args.checkpoint]
     kinds = {checkpoint["meta"]["tokenizer"] == "grammar" for _, checkpoint in loaded}
     if len(kinds) > 1:
         raise UserError("--checkpoint mixes models of the grammar with models of text; evaluate them apart")

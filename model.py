@@ -58,25 +58,37 @@ class Interpolant(NamedTuple):
         """Xi_st = beta_t - Gamma_st beta_s (50), for s < 1."""
         return self.delta(s, t) / self.alpha(s)
 
+    def ell(self, t):
+        """ell_t = alpha'_t / alpha_t (52), for t < 1."""
+        return self.d_alpha(t) / self.alpha(t)
+
+    def lam(self, t):
+        """lambda_t = beta'_t - beta_t alpha'_t / alpha_t = Wr_t / alpha_t (52), for t < 1."""
+        return self.wronskian(t) / self.alpha(t)
+
     def omega(self, s, u, t):
         """The semigroup weight omega = Gamma_ut Xi_su / Xi_st (23, 64), for s < t and u < 1."""
         return self.alpha(t) * self.delta(s, u) / (self.alpha(u) * self.delta(s, t))
 
-    def eulerian(self, s, t):
-        """The pair (a, b) with 1 - delta / kappa proportional to a - b delta (33, 43, 70).
+    def C(self, s, t):
+        """The Lagrangian's C = Xi_st / lambda_t (24, 68), for s < 1; linear: (t - s)(1 - t)/(1 - s)."""
+        return self.alpha(t) * self.delta(s, t) / (self.alpha(s) * self.wronskian(t))
 
-        1/kappa = Xi_st / (Gamma_st lambda_s) = b / a, where a = alpha_t Wr_s and b = alpha_s Delta_st;
-        linear: a = 1 - t, b = (1 - s)(t - s).
+    def eulerian(self, s, t):
+        """The pair (Gamma_st, Gamma_st / kappa), 1/kappa = Xi_st / (Gamma_st lambda_s) (25, 70), for s < 1.
+
+        1 - delta / kappa is their Gamma_st - (Gamma_st / kappa) delta up to a factor, and these two are
+        finite at t = 1, where kappa is 0; linear: (1 - t)/(1 - s) and t - s.
         """
-        return self.alpha(t) * self.wronskian(s), self.alpha(s) * self.delta(s, t)
+        return self.Gamma(s, t), self.delta(s, t) / self.wronskian(s)
 
     def flow_map(self, x, psi, s, t):
         """X_st(x) = Gamma_st x + Xi_st psi_st (18, 50); x and psi (B, L, *), in tokens or embedded."""
         return self.Gamma(s, t)[..., None] * x + self.Xi(s, t)[..., None] * psi
 
     def drift(self, x, psi, t):
-        """b_t(x) = (alpha'_t x + Wr_t psi_tt) / alpha_t (52), for t < 1; linear: (psi_tt - x)/(1 - t)."""
-        return (self.d_alpha(t)[..., None] * x + self.wronskian(t)[..., None] * psi) / self.alpha(t)[..., None]
+        """b_t(x) = ell_t x + lambda_t psi_tt (52), for t < 1; linear: (psi_tt - x)/(1 - t)."""
+        return self.ell(t)[..., None] * x + self.lam(t)[..., None] * psi
 
 
 HALF_PI = math.pi / 2
@@ -136,6 +148,17 @@ def schedule_table(kind, vocab_size, blend):
     return tau, blend * b + (1 - blend) * tau
 
 
+def lagged(tau, lag, L):
+    """Progress of each of L positions, and its rate, when the row's is tau: (n, 1) -> two of (n, L) (38).
+
+    Earlier positions go first: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2). So all start at 0 and
+    end at 1 together, and the rate d tau_l / d tau stays between exp(-lag/2) and exp(lag/2).
+    """
+    delay = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))
+    below = tau + (1 - tau) * delay
+    return tau / below, delay / below**2
+
+
 # ------------------------------------------------------------------------------------------------
 # No time of training or sampling goes further. At t = 1 the Eulerian identity is 0/0 and the drift infinite;
 # and the argmax schedule jumps there from t = 0.9 or so, so a network would have to extrapolate. At this
@@ -167,6 +190,7 @@ class ModelConfig:
     interpolant: str = "linear"
     schedule: str = "argmax"
     schedule_blend: float = 0.9
+    position_lag: float = 0.0
 
 
 class TimeEmbedding(nn.Module):
@@ -246,6 +270,8 @@ class DiT(nn.Module):
         tau, b = schedule_table(config.schedule, V, config.schedule_blend)
         self.schedule_tau, self.schedule_time = tau, self.path.time_of(b)  # float64, on the CPU
 
+        self.position_lag = config.position_lag
+
         # W. Orthogonal: for V > D, W^T W = I and the noise y0 = x0 W starts white, of unit variance.
         self.embedding = nn.Parameter(nn.init.orthogonal_(torch.empty(V, D)))
         self.time_s, self.time_t = TimeEmbedding(config.time_width), TimeEmbedding(config.time_width)
@@ -284,13 +310,14 @@ class DiT(nn.Module):
         """The learned weight w(s, t) of the distillation loss exp(-w) loss + w: times (B, 1 or L) -> the same shape."""
         return self.loss_weight(torch.cat([self.time_s.features(s), self.time_t.features(t)], -1)).squeeze(-1)
 
-    def derivative(self, y, s, t, dy, ds, dt):
-        """One dual pass: h_st with its ordinary graph, and its derivative along (dy, ds, dt), detached.
+    def derivative(self, y, s, t, dy=None, ds=None, dt=None):
+        """One dual pass: h_st with its ordinary graph, and its derivative along (dy, ds, dt), detached; None is zero.
 
-        With dy = b_s(y), ds = 1, dt = 0 this is D_s of the Eulerian identity (25).
+        With dy = b_s(y), ds = 1 this is D_s of the Eulerian identity (25), with dt = 1 the Lagrangian's d/dt (24).
         """
         with forward_ad.dual_level():
-            dual = self(*(forward_ad.make_dual(a, da.to(a.dtype)) for a, da in ((y, dy), (s, ds), (t, dt))), tangent=True)
+            inputs = ((y, dy), (s, ds), (t, dt))
+            dual = self(*(a if da is None else forward_ad.make_dual(a, da.to(a.dtype)) for a, da in inputs), tangent=True)
             h, dh = forward_ad.unpack_dual(dual)
         return h, dh.detach()
 
@@ -325,14 +352,30 @@ class DiT(nn.Module):
         return self.path.alpha(t)[..., None] * self.embed_noise(xi) + self.path.beta(t)[..., None] * self.embedding[tokens]
 
     def times(self, tau):
-        """Uniform progress tau in [0, 1], any shape, float64 on the CPU -> times of the path, float64, below 1.
+        """Uniform progress tau in [0, 1], float64 (n, 1) on the CPU -> times of the path, float64, below 1.
 
-        Progress stops at LAST: see there.
+        (n, 1), or (n, L) where the positions lag one behind the other (38). Progress stops at LAST: see there.
         """
-        knots, values, tau = self.schedule_tau, self.schedule_time, tau.clamp(0, LAST)
+        return self.times_and_rates(tau)[0]
+
+    def times_and_rates(self, tau):
+        """`times`, and their rates: dt/dtau up to a factor common to the row, so that one shared time has rate 1."""
+        tau = tau.clamp(0, LAST)
+        if self.position_lag:
+            tau, rate = lagged(tau, self.position_lag, self.config.seq_len)
+        knots, values = self.schedule_tau, self.schedule_time
         right = torch.searchsorted(knots, tau.contiguous()).clamp(1, len(knots) - 1)
-        share = (tau - knots[right - 1]) / (knots[right] - knots[right - 1])
-        return values[right - 1] + share * (values[right] - values[right - 1])
+        slope = (values[right] - values[right - 1]) / (knots[right] - knots[right - 1])
+        t = values[right - 1] + slope * (tau - knots[right - 1])
+        if not self.position_lag:
+            return t, torch.ones_like(t)
+        rate = rate * slope
+        return t, rate / rate.mean(-1, keepdim=True)
+
+    def compile_blocks(self):
+        """torch.compile every block: the same code for all of them, compiled once."""
+        for block in self.blocks:
+            block.compile()
 
     # --- the head, in chunks of rows ---
 
@@ -398,7 +441,7 @@ class HeadLoss(torch.autograd.Function):
         for rows in chunks(len(h), len(head)):
             z = wide(low_h[rows] @ low_head.T)
             report, g = divergence(z, rows)  # {"loss": (n,), ...}, (n, V)
-            adaptive = (g.square().sum(-1) + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
+            adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
             weight = scale[rows] * adaptive
             total += (weight * report["loss"]).sum()
             reports.append(report | {"weighted": adaptive * report["loss"]})
@@ -422,8 +465,9 @@ def head_loss(h, head, scale, divergence, c, r):
     """The sum of scale_i w_i loss_i, and a report per row, from hidden vectors h (N, D) and a head (V, D).
 
     scale: (N,), constants. divergence(z, rows) takes logits z (n, V) of the rows `rows` (a slice) and
-    returns ({"loss": (n,), ...}, g) with g (n, V) the gradient of the loss on z. w_i is the adaptive
-    weight (45), (|g_i|^2 + c)^-r, detached. Returns a scalar, differentiable in h and head, and
+    returns ({"loss": (n,), "distance": (n,), ...}, g): the distance |q - p| between target and
+    prediction, and g (n, V) the gradient of the loss on z. w_i is the adaptive weight (45),
+    (distance_i^2 + c)^-r, detached. Returns a scalar, differentiable in h and head, and
     {name: (N,)}: "loss", unweighted, "weighted" (w_i loss_i), and whatever else the divergence reports.
     """
     total, names, *reports = HeadLoss.apply(h, head, scale, divergence, c, r)
@@ -436,7 +480,8 @@ def cross_entropy(tokens):
     def divergence(z, rows):
         log_p, target = z.log_softmax(-1), tokens[rows, None]
         loss = -log_p.gather(-1, target).squeeze(-1)
-        return {"loss": loss}, log_p.exp_().scatter_add_(-1, target, -torch.ones_like(loss)[:, None])
+        g = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(loss)[:, None])
+        return {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1)}, g
 
     return divergence
 
@@ -447,10 +492,40 @@ def kl(teacher):
     def divergence(z, rows):
         log_q, report = teacher(z, rows)
         log_p, q = z.log_softmax(-1), log_q.exp()
-        # q log q is 0 where q underflows, even if log q is -inf
-        report["loss"] = (q * (log_q.clamp(min=-1e4) - log_p)).sum(-1)
-        report["teacher_entropy"] = -(q * log_q.clamp(min=-1e4)).sum(-1)
-        return report, log_p.exp_().sub_(q)
+        report["teacher_entropy"] = -torch.linalg.vecdot(q, log_q)
+        report["loss"] = -report["teacher_entropy"] - torch.linalg.vecdot(q, log_p)
+        g = log_p.exp_().sub_(q)
+        return report | {"distance": torch.linalg.vector_norm(g, dim=-1)}, g
+
+    return divergence
+
+
+def reverse_kl(teacher):
+    """KL(psi || q), the same with its two sides exchanged; the gradient on the logits is psi (log psi - log q - KL)."""
+
+    def divergence(z, rows):
+        log_q, report = teacher(z, rows)
+        log_p, q = z.log_softmax(-1), log_q.exp()
+        p, ratio = log_p.exp(), log_p - log_q
+        report["teacher_entropy"] = -torch.linalg.vecdot(q, log_q)
+        report["loss"] = torch.linalg.vecdot(p, ratio)
+        report["distance"] = torch.linalg.vector_norm(p - q, dim=-1)
+        return report, p * (ratio - report["loss"][:, None])
+
+    return divergence
+
+
+def signed(residual):
+    """A target that need not be a distribution, from residual(z, rows) -> (p - q of shape (n, V), {name: (n,)}).
+
+    The gradient on the logits is p - q, as for the KL. A q with negative entries has no KL: the loss
+    that is reported, and that a learned weight sees, is |p - q|^2 / 2.
+    """
+
+    def divergence(z, rows):
+        g, report = residual(z, rows)
+        distance = torch.linalg.vector_norm(g, dim=-1)
+        return report | {"loss": distance.square() / 2, "distance": distance}, g
 
     return divergence
 

@@ -25,14 +25,13 @@ def generate(model, xi, nfe, euler=False):
 
     The flow map jumps along the schedule's grid, X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The
     last jump ends at data, where X_s1 = psi_s1 (short of it by model.LAST): the sample is its most
-    probable tokens. With `euler`,
-    psi_ss takes the place of psi_st, which is all that a diagonal alone can do: on the linear path that
-    is Euler's method for the drift (52), x + (t - s) b_s(x).
+    probable tokens. With `euler`, psi_ss takes the place of psi_st, which is all that a diagonal alone
+    can do: on the linear path that is Euler's method for the drift (52), x + (t - s) b_s(x).
     """
-    grid = model.times(torch.linspace(0, 1, nfe + 1, dtype=torch.float64)).to(xi.dtype).to(xi.device)
+    grid = model.times(torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]).to(xi.dtype).to(xi.device)
     y = model.embed_noise(xi)
     for k in range(nfe):
-        s, t = (time.expand(len(xi), 1) for time in grid[k : k + 2])
+        s, t = (time.expand(len(xi), -1) for time in grid[k : k + 2])
         h = model(y, s, s if euler else t)
         if k < nfe - 1:
             y = model.path.flow_map(y, model.soft_embedding(h), s, t)
@@ -50,6 +49,14 @@ def draw_samples(model, nfe, count, batch_size, seed, euler, dtype="float32"):
     return torch.cat(rows).numpy()
 
 
+def load_sampler(path, args):
+    """load_model, with the flags that change how a model samples."""
+    model, checkpoint = load_model(path, args.device)
+    if args.position_lag is not None:
+        model.position_lag = args.position_lag
+    return model, checkpoint
+
+
 def is_euler(args, checkpoint):
     """Whether to take Euler steps: by --sampler, or because the checkpoint is of stage 1."""
     return args.sampler == "euler" if args.sampler else "loss" not in checkpoint["args"]
@@ -62,7 +69,8 @@ def sampling_flags(parser, count):
     group.add_argument("--num-samples", type=number(int, 1), default=count, help="sequences for each NFE")
     group.add_argument("--batch-size", type=number(int, 1), default=64, help="sequences at once; changes no sample")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise")
-    group.add_argument("--sampler", choices=["flow-map", "euler"], help="default: flow-map after distil.py, euler for a stage-1 checkpoint")
+    group.add_argument("--sampler", choices=["flow-map", "euler"], help="default: flow-map after distill.py, euler for a stage-1 checkpoint")
+    group.add_argument("--position-lag", type=number(float, 0, 10), metavar="W", help="earlier positions first (38); default: as trained")
     machine_flags(parser.add_argument_group("machine"))
 
 
@@ -92,7 +100,7 @@ def main():
     args = parser.parse_args()
     resolve_machine(args)
     check_output("--output", args.output)
-    model, checkpoint = load_model(args.checkpoint, args.device)
+    model, checkpoint = load_sampler(args.checkpoint, args)
     decode(checkpoint["meta"], [0])  # a missing tokenizer shows before the work, not after
     for nfe in args.nfe:
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype)

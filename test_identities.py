@@ -7,6 +7,7 @@ teachers and sampler run on it unchanged.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from model import (
     cross_entropy,
     head_loss,
     kl,
+    lagged,
+    reverse_kl,
     schedule_table,
 )
 from prepare_data import grammar, grammar_entropy, grammar_log_prob, grammar_longest, grammar_rows, grammar_words, pack
@@ -35,15 +38,32 @@ PATHS = sorted(INTERPOLANTS)
 V, L = 5, 3
 SEQUENCES = torch.tensor([[0, 1, 2], [0, 3, 4], [1, 1, 4], [2, 0, 2]])
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+LAGS = [0.0, 1.5]  # one time for all positions, and each its own (38)
 
 
 class Oracle:
-    """Exact psi_st of the weighted sequences; y is x itself, and h_st = log psi_st with the identity as head."""
+    """Exact psi_st of the weighted sequences; y is x itself, and h_st = log psi_st with the identity as head.
 
-    def __init__(self, path, steps=150):
-        self.path, self.steps = INTERPOLANTS[path], steps
+    Its schedule is linear: a row's progress tau is its time, and with a lag position l's time is
+    model.lagged(tau). All times of a row lie on that curve, along which the flow is integrated.
+    """
+
+    def __init__(self, path, lag=0.0, steps=150):
+        self.path, self.lag, self.steps = INTERPOLANTS[path], lag, steps
         self.head = self.embedding = torch.eye(V, dtype=torch.float64)
         self.one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()  # (K, L, V)
+
+    def times_and_rates(self, tau):
+        """(B, 1) -> two of (B, 1), or of (B, L) with a lag."""
+        return lagged(tau, self.lag, L) if self.lag else (tau, torch.ones_like(tau))
+
+    def times(self, tau):
+        return self.times_and_rates(tau)[0]
+
+    def progress(self, t):
+        """The inverse of `times`, from the first position's."""
+        first = t[:, :1]
+        return first / (first + (1 - first) * math.exp(self.lag / 2))
 
     def denoiser(self, x, t):
         """E[x1 | x_t = x] (21): the posterior over sequences, one signal-to-noise weight a position."""
@@ -53,11 +73,13 @@ class Oracle:
         return torch.einsum("bk,klv->blv", posterior, self.one_hot)
 
     def flow(self, x, s, t):
-        """X_st by Runge-Kutta on dx/dt = b_t(x) (52), on a grid u = t - (t - s)(1 - k)^2, fine near its end."""
+        """X_st by Runge-Kutta on dx/dtau = (dt/dtau) b_t(x) (52), on a grid of progress that is fine near its end."""
+        start, end = self.progress(s), self.progress(t)
 
         def slope(k, x):
-            u, du = t - (t - s) * (1 - k) ** 2, 2 * (t - s) * (1 - k) / self.steps
-            return du[..., None] * self.path.drift(x, self.denoiser(x, u), u)
+            tau, dtau = end - (end - start) * (1 - k) ** 2, 2 * (end - start) * (1 - k) / self.steps
+            u, rate = self.times_and_rates(tau)
+            return (rate * dtau)[..., None] * self.path.drift(x, self.denoiser(x, u), u)
 
         for k in range(self.steps):
             k1 = slope(k / self.steps, x)
@@ -73,6 +95,10 @@ class Oracle:
             return self.denoiser(x, s)
         return (self.flow(x, s, t) - self.path.Gamma(s, t)[..., None] * x) / self.path.Xi(s, t)[..., None]
 
+    def jump(self, s, u, t):
+        """The distill.Jump between three columns of progress."""
+        return distill.Jump.between(self, s, u, t)
+
     def __call__(self, y, s, t, tangent=False):
         return self.psi(y, s, t).clamp(min=1e-300).log()
 
@@ -83,7 +109,7 @@ class Oracle:
 
 
 def states(path, s, count=6, seed=0):
-    """x_s drawn from the interpolant, (count, L, V), for times s (count, 1)."""
+    """x_s drawn from the interpolant, (count, L, V), for times s (count, 1 or L)."""
     g = torch.Generator().manual_seed(seed)
     x1 = Oracle(path).one_hot[torch.multinomial(WEIGHTS, count, replacement=True, generator=g)]
     x0 = torch.randn(x1.shape, generator=g, dtype=torch.float64)
@@ -119,7 +145,12 @@ def test_coefficients(path):
     assert torch.allclose(p.omega(S, U, T), (r(U) - r(S)) / (r(T) - r(S)))
     a, b = p.eulerian(S, T)
     _, dr_s = torch.func.jvp(r, (S,), (torch.ones_like(S),))
+    assert torch.allclose(a, p.Gamma(S, T))
     assert torch.allclose(b / a, (r(T) - r(S)) / dr_s)  # 1 / kappa
+    _, dr_t = torch.func.jvp(r, (T,), (torch.ones_like(T),))
+    assert torch.allclose(p.C(S, T), (r(T) - r(S)) / dr_t)
+    assert torch.allclose(p.lam(U), db - p.beta(U) * da / p.alpha(U))
+    assert torch.allclose(p.ell(U), da / p.alpha(U))
     assert torch.allclose(r(p.time_of(U)), U / (1 - U))
     x, psi = torch.randn(2, 6, L, V, dtype=torch.float64)
     expected = (da / p.alpha(U))[..., None] * x + (db - p.beta(U) * da / p.alpha(U))[..., None] * psi  # ell x + lambda psi
@@ -131,52 +162,127 @@ def test_linear_forms():
     p = INTERPOLANTS["linear"]
     assert torch.allclose(p.omega(S, U, T), (U - S) * (1 - T) / ((T - S) * (1 - U)))
     a, b = p.eulerian(S, T)
-    assert torch.allclose(a, 1 - T)
-    assert torch.allclose(b, (1 - S) * (T - S))
+    assert torch.allclose(a / (1 - S), (1 - T) / (1 - S) ** 2)
+    assert torch.allclose(b, T - S)
+    assert torch.allclose(p.C(S, T), (T - S) * (1 - T) / (1 - S))
     x, psi = torch.randn(2, 6, L, V, dtype=torch.float64)
     s, t = S[..., None], T[..., None]
     assert torch.allclose(p.flow_map(x, psi, S, T), (1 - t) / (1 - s) * x + (t - s) / (1 - s) * psi)
     assert torch.allclose(p.drift(x, psi, S), (psi - x) / (1 - s))
 
 
+@pytest.mark.parametrize("lag", LAGS)
 @pytest.mark.parametrize("path", PATHS)
-def test_mean_denoiser(path):
+def test_mean_denoiser(path, lag):
     """psi_st is the average of psi_uu along the trajectory, uniform in r (58), and lies on the simplex."""
-    oracle, x = Oracle(path), states(path, S)
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    p, mean = oracle.path, 0
+    oracle = Oracle(path, lag)
+    s, t = oracle.times(S), oracle.times(T)
+    x, p = states(path, s), oracle.path
     r = lambda t: p.beta(t) / p.alpha(t)  # noqa: E731
-    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        ratio = r(S) + (r(T) - r(S)) * node
-        u = p.time_of(ratio / (1 + ratio))
-        mean = mean + weight * oracle.denoiser(oracle.flow(x, S, u), u)
-    psi = oracle.psi(x, S, T)
+    nodes, weights = (torch.from_numpy(v)[:, None, None] for v in np.polynomial.legendre.leggauss(40))  # (40, 1, 1) on [-1, 1]
+    u, rate = oracle.times_and_rates((S + (T - S) * (nodes + 1) / 2).flatten(0, 1))  # all nodes in one batch
+    x_u = oracle.flow(x.repeat(40, 1, 1), s.repeat(40, 1), u)
+    dr = rate * p.wronskian(u) / p.alpha(u) ** 2 * (T - S).repeat(40, 1)  # of r along the curve, position by position
+    share = (weights / 2).expand(40, 6, 1).flatten(0, 1) * dr / (r(t) - r(s)).repeat(40, 1)
+    mean = (share[..., None] * oracle.denoiser(x_u, u)).view(40, 6, L, V).sum(0)
+    psi = oracle.psi(x, s, t)
     assert torch.allclose(psi, mean, atol=1e-7)
     assert psi.min() > -1e-9
     assert torch.allclose(psi.sum(-1), torch.ones(6, L, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("lag", LAGS)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
-def test_teacher_returns_the_truth(path, loss):
-    """At the true flow map each teacher of distill.py gives back psi_st: (23, 64) and (33, 43, 70)."""
-    oracle, x = Oracle(path), states(path, S)
-    h, target = distill.TEACHERS[loss](oracle, oracle, x, S, U, T)
-    log_q, _ = target(h.flatten(0, 1), slice(None))
-    truth = oracle.psi(x, S, T).flatten(0, 1)
-    assert torch.allclose(h.flatten(0, 1).exp(), truth)
-    assert (log_q.exp() - truth).abs().max() < 1e-6
+def test_identities(path, lag):
+    """(23), (24), (25) as they stand, to 1e-8: omega, C and kappa from r, derivatives by central differences of the true map."""
+    oracle = Oracle(path, lag, steps=400)
+    (s, ds), (u, _), (t, dt) = (oracle.times_and_rates(tau) for tau in (S[1:4], U[1:4], T[1:4]))
+    x, p, step = states(path, s, 3), oracle.path, 1e-3
+    r = lambda t: p.beta(t) / p.alpha(t)  # noqa: E731
+    dr = lambda t: p.wronskian(t) / p.alpha(t) ** 2  # noqa: E731
+    psi, X_su = oracle.psi(x, s, t), oracle.flow(x, s, u)
+    omega = ((r(u) - r(s)) / (r(t) - r(s)))[..., None]
+    assert (psi - omega * oracle.psi(x, s, u) - (1 - omega) * oracle.psi(X_su, u, t)).abs().max() < 1e-8
+
+    def difference(f):
+        """The derivative of f at 0, to fourth order: f takes shifts of progress (12, 1), for 4 copies of the 3 rows."""
+        shifts = torch.tensor([1.0, -1, 2, -2], dtype=torch.float64).repeat_interleave(3)[:, None] * step
+        a, b, c, d = f(shifts).view(4, 3, L, V)
+        return (8 * (a - b) - (c - d)) / (12 * step)
+
+    s4, t4, x4 = s.repeat(4, 1), t.repeat(4, 1), x.repeat(4, 1, 1)
+
+    C = (r(t) - r(s)) / (dr(t) * dt)  # the rate: d/dt is along the progress
+    d_t = difference(lambda shift: oracle.psi(x4, s4, oracle.times(T[1:4].repeat(4, 1) + shift)))
+    X_st = oracle.flow(x, s, t)
+    assert (psi - oracle.denoiser(X_st, t) + C[..., None] * d_t).abs().max() < 1e-8
+
+    def along(shift):
+        moved = oracle.times(S[1:4].repeat(4, 1) + shift)
+        return oracle.psi(oracle.flow(x4, s4, moved), moved, t4)
+
+    kappa = dr(s) * ds / (r(t) - r(s))
+    assert (difference(along) - kappa[..., None] * (psi - oracle.denoiser(x, s))).abs().max() < 1e-8
 
 
+def taught(oracle, loss, form, x, jump):
+    """(student's psi_st, target q) of a teacher of distill.py on the oracle, (rows, V) each; q from the gradient p - q."""
+    h, divergence = distill.TEACHERS[loss](oracle, oracle, x, jump, SimpleNamespace(target=form, reverse_kl=False))
+    psi = h.flatten(0, 1).exp()
+    _, g = divergence(h.flatten(0, 1), slice(None))
+    return psi, psi - g
+
+
+# PSD's target is a distribution as it is; those of LSD and ESD have two forms, see distill.corrected
+FORMS = [("psd", "logit"), ("lsd", "logit"), ("lsd", "signed"), ("esd", "logit"), ("esd", "signed")]
+
+
+@pytest.mark.parametrize("lag", LAGS)
 @pytest.mark.parametrize("path", PATHS)
-def test_teacher_near_the_end(path):
+@pytest.mark.parametrize(("loss", "form"), FORMS)
+def test_teacher_returns_the_truth(path, loss, form, lag):
+    """At the true flow map each teacher of distill.py gives back psi_st: (23, 64), (24, 29, 68) and (25, 33, 43, 70)."""
+    oracle = Oracle(path, lag)
+    scale = 0.5 if (loss, form) == ("lsd", "logit") else 1  # see the next test
+    jump = oracle.jump(S * scale, U * scale, T * scale)
+    x = states(path, jump.s)
+    psi, q = taught(oracle, loss, form, x, jump)
+    truth = oracle.psi(x, jump.s, jump.t).flatten(0, 1)
+    assert torch.allclose(psi, truth)
+    assert (q - truth).abs().max() < 1e-6
+
+
+def test_lagrangian_logit_form_loses_settled_mass():
+    """Why LSD has a signed form: the log's argument in (29) is psi_tt / psi_st, which vanishes for a token that time t has ruled out.
+
+    psi_st keeps the mass that such a token had on the way; 0/0 does not. Where rounding or the clamp rules,
+    the target misses about that mass, and what it misses is a token whose argument is below the clamp.
+    """
+    oracle = Oracle("linear")
+    jump = oracle.jump(column(0.0), column(0.3), column(0.8))
+    x = states("linear", jump.s, 1)
+    psi, q = taught(oracle, "lsd", "logit", x, jump)
+    psi_tt = oracle.denoiser(oracle.flow(x, jump.s, jump.t), jump.t).flatten(0, 1)
+    lost = psi_tt < distill.CLAMP * psi
+    assert (q - psi).abs().max() > 1e-3
+    assert ((psi - q)[lost] > -1e-6).all()
+    assert (psi - q)[lost].sum() == pytest.approx(float((q - psi)[~lost].sum()), abs=1e-6)
+    assert (taught(oracle, "lsd", "signed", x, jump)[1] - psi).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("lag", LAGS)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("loss", "form"), FORMS)
+def test_teacher_near_the_end(path, loss, form, lag):
     """The same for s -> t and for t -> 1, where the plain forms lose their digits."""
     s, u, t = column(0.3, 0.3, 0.5), column(0.30005, 0.6, 0.7), column(0.3001, 0.99, 0.999)
-    oracle, x = Oracle(path, steps=300), states(path, s, 3)
-    truth = oracle.psi(x, s, t).flatten(0, 1)
-    for loss in distill.TEACHERS:
-        h, target = distill.TEACHERS[loss](oracle, oracle, x, s, u, t)
-        assert (target(h.flatten(0, 1), slice(None))[0].exp() - truth).abs().max() < 1e-6, loss
+    if (loss, form) == ("lsd", "logit"):
+        s, u, t = s[:1], u[:1], t[:1]  # see the test above
+    oracle = Oracle(path, lag)
+    jump = oracle.jump(s, u, t)
+    x = states(path, jump.s, len(s))
+    truth = oracle.psi(x, jump.s, jump.t).flatten(0, 1)
+    assert (taught(oracle, loss, form, x, jump)[1] - truth).abs().max() < 1e-6
 
 
 def test_sampler_on_the_oracle():
@@ -199,14 +305,15 @@ def test_sampler_on_the_oracle():
 # Losses.
 
 
-def plain_loss(h, head, scale, q, c, r):
-    """The weighted KL(q || softmax(h head^T)) written out, with the weight detached."""
+def plain_loss(h, head, scale, q, c, r, reverse):
+    """The weighted KL(q || p), p = softmax(h head^T), or KL(p || q), written out, with the weight detached."""
     p = (h @ head.T).softmax(-1)
     w = ((q - p).square().sum(-1) + c) ** -r
-    return (scale * w.detach() * (torch.xlogy(q, q) - q * p.log()).sum(-1)).sum()
+    a, b = (p, q) if reverse else (q, p)
+    return (scale * w.detach() * (torch.xlogy(a, a) - a * b.log()).sum(-1)).sum()
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "kl"])
+@pytest.mark.parametrize("kind", ["cross_entropy", "kl", "reverse_kl"])
 def test_head_loss(kind, monkeypatch):
     """The chunked loss equals the plain one, value and gradients, to 1e-9; the KL's logit gradient is q - p."""
     monkeypatch.setattr("model.chunks", lambda rows, _: [slice(i, i + 3) for i in range(0, rows, 3)])
@@ -214,9 +321,12 @@ def test_head_loss(kind, monkeypatch):
     h, head, scale = torch.randn(10, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
     tokens = torch.randint(7, (10,))
     q = torch.nn.functional.one_hot(tokens, 7).double() if kind == "cross_entropy" else torch.randn(10, 7, dtype=torch.float64).softmax(-1)
-    divergence = cross_entropy(tokens) if kind == "cross_entropy" else kl(lambda z, rows: (q[rows].log(), {}))
+    divergence = cross_entropy(tokens) if kind == "cross_entropy" else {"kl": kl, "reverse_kl": reverse_kl}[kind](lambda z, rows: (q[rows].log(), {}))
     results = []
-    for loss in (lambda a, b: head_loss(a, b, scale, divergence, 0.01, 0.5)[0], lambda a, b: plain_loss(a, b, scale, q, 0.01, 0.5)):
+    for loss in (
+        lambda a, b: head_loss(a, b, scale, divergence, 0.01, 0.5)[0],
+        lambda a, b: plain_loss(a, b, scale, q, 0.01, 0.5, kind == "reverse_kl"),
+    ):
         a, b = h.clone().requires_grad_(), head.clone().requires_grad_()
         value = loss(a, b)
         (3 * value).backward()
@@ -225,19 +335,39 @@ def test_head_loss(kind, monkeypatch):
         assert (ours - plain).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
-def test_no_gradient_at_the_truth(loss):
-    """KL(sg[teacher] || psi) has zero gradient where psi is true and a non-zero one where it is not (27, 31, 35)."""
+@pytest.mark.parametrize(("loss", "form"), [*FORMS, ("psd", "reverse")])
+def test_no_gradient_at_the_truth(loss, form):
+    """The loss has zero gradient where psi is true and a non-zero one where it is not (27, 31, 35)."""
     oracle, x = Oracle("linear"), states("linear", S)
-    h, target = distill.TEACHERS[loss](oracle, oracle, x, S, U, T)
+    scale = 0.5 if (loss, form) == ("lsd", "logit") else 1
+    options = SimpleNamespace(target=form, reverse_kl=form == "reverse")
+    h, divergence = distill.TEACHERS[loss](oracle, oracle, x, oracle.jump(S * scale, U * scale, T * scale), options)
     sizes = []
     for shift in (0.0, 0.3):
         z = (h.flatten(0, 1) + shift * torch.arange(V)).requires_grad_()
-        at_truth = kl(lambda _, rows: target(h.flatten(0, 1)[rows], rows))
-        total, _ = head_loss(z, oracle.head, torch.ones(6 * L, dtype=torch.float64), at_truth, 1e-6, 0.0)
+        total, _ = head_loss(z, oracle.head, torch.ones(6 * L, dtype=torch.float64), divergence, 1e-6, 0.0)
         total.backward()
         sizes.append(float(z.grad.abs().max()))
     assert sizes[0] < 1e-6 < 0.01 < sizes[1]
+
+
+@pytest.mark.parametrize(("loss", "form"), FORMS)
+def test_teacher_is_a_constant(loss, form):
+    """No gradient passes through a teacher: the loss's gradient is that of -<q, log psi_st> with q held fixed."""
+    model = small_model(vocab=V)
+    jump = distill.Jump.between(model, column(0.2, 0.1), column(0.4, 0.2), column(0.8, 0.4))
+    y = torch.randn(2, 5, 16, dtype=torch.float64)
+    h, divergence = distill.TEACHERS[loss](model, model, y, jump, SimpleNamespace(target=form, reverse_kl=False))
+    h = h.flatten(0, 1)
+    z = (h @ model.head.T).detach()
+    q = z.softmax(-1) - divergence(z, slice(None))[1]
+    ours = head_loss(h, model.head, torch.ones(10, dtype=torch.float64), divergence, 1e-6, 0.0)[0]
+    plain = -(q * (h @ model.head.T).log_softmax(-1)).sum()
+    params = list(model.parameters())
+    grads = (torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in (ours, plain))
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, atol=1e-12)
 
 
 def test_surgery():
@@ -296,16 +426,38 @@ def test_schedule_times(path, schedule):
     """tau -> t goes from 0 to 1, rises, is the same law over beta/alpha on every path, and blends with lambda (36)."""
     model = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule, interpolant=path))
     tau = torch.linspace(0, 1, 5001, dtype=torch.float64)
-    t = model.times(tau)
+    t = model.times(tau[:, None]).squeeze(1)
     assert t[0] == 0
     assert (t.diff() > 0).all()
     assert t[-1] < 1
-    assert model.times(torch.tensor(LAST, dtype=torch.float64)) == t[-1]
+    assert model.times(torch.tensor([[LAST]], dtype=torch.float64)) == t[-1]
     inner = t[1:-1]
     weight = model.path.beta(inner) / (model.path.alpha(inner) + model.path.beta(inner))
     full, b = schedule_table(schedule, 27, 1.0)
     expected = torch.from_numpy(np.interp(tau[1:-1], full, b))
     assert torch.allclose(weight, 0.9 * expected + 0.1 * tau[1:-1] if schedule == "argmax" else tau[1:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["argmax", "linear"])
+def test_position_lag(schedule):
+    """Earlier positions first (38), from 0 to the end together; the rates are the derivatives of the times."""
+    tau = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)[:, None]
+    q, rate = lagged(tau, 2.0, 4)
+    (_, expected) = torch.func.jvp(lambda tau: lagged(tau, 2.0, 4)[0], (tau,), (torch.ones_like(tau),))
+    assert torch.allclose(rate, expected)
+    assert (q.diff(dim=-1) < 0).all()
+    assert torch.allclose(torch.logit(q[:, 0]) - torch.logit(q[:, -1]), torch.full((99,), 2.0, dtype=torch.float64))
+    assert torch.equal(lagged(column(0.0, 1.0), 2.0, 4)[0], column(0.0, 1.0).expand(2, 4))
+    model = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule, position_lag=2.0))
+    t, rate = model.times_and_rates(tau)
+    shared = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule))
+    assert torch.allclose(t, torch.cat([shared.times(column) for column in q.split(1, -1)], -1))
+    step = 1e-7
+    slope = (model.times(tau + step) - model.times(tau - step)) / (2 * step)
+    inner = (slope / rate).std(-1) / (slope / rate).mean(-1)  # one factor a row
+    assert inner.median() < 1e-6  # at a knot of the schedule's table the slope jumps
+    assert torch.allclose(rate.mean(-1), torch.ones(99, dtype=torch.float64))
+    assert torch.equal(shared.times_and_rates(tau)[1], torch.ones_like(tau))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,16 +581,23 @@ def test_draw_is_low_discrepancy():
     assert abs(float(x.std()) - 1) < 0.02
 
 
-def test_consistency_times():
-    """0 <= s <= u <= t < 1, the steps spread over all sizes; the boundary's share of rows goes from noise to data."""
+@pytest.mark.parametrize("law", ["uniform", "pair"])
+def test_draw_progress(law):
+    """0 <= s <= u <= t <= 1, steps by their law, s uniform given the step; the boundary's share goes from noise to data."""
+    s, u, t = distill.draw_progress(Draw(0, 0, np.arange(8192), "cpu"), 1 / 32, law)
+    assert s.shape == (8192, 1)
+    assert ((s >= 0) & (s <= u) & (u <= t) & (t <= 1 + 1e-12)).all()
+    edge = (s == 0) & (t == 1)
+    assert float(edge.double().mean()) == pytest.approx(1 / 32, abs=0.003)
+    step, start = (t - s)[~edge], s[~edge]
+    assert step.min() > 0.0009
+    for x in (0.25, 0.5, 0.75):
+        assert float((step < x).double().mean()) == pytest.approx(x if law == "uniform" else 1 - (1 - x) ** 2, abs=0.02)
+        assert float((start / (1 - step) < x).double().mean()) == pytest.approx(x, abs=0.02)
     model = small_model()
-    s, u, t = distill.consistency_times(model, Draw(0, 0, np.arange(4096), "cpu"), 1 / 32)
-    assert s.shape == (4096, 1)
-    assert ((s >= 0) & (s <= u) & (u <= t) & (t < 1)).all()
-    assert (t.float() > s.float()).all()
-    edge = (s == 0) & (t == model.times(torch.ones(1).double()))
-    assert float(edge.double().mean()) == pytest.approx(1 / 32, abs=0.005)
-    assert (t - s).min() < 0.01
+    jump = distill.Jump.between(model, s, u, t)
+    assert (jump.t < 1).all()  # never at t = 1, where the Eulerian identity is 0/0
+    assert (jump.t.float() > jump.s.float()).all()
 
 
 def test_grammar_is_exact():

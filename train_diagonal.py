@@ -13,10 +13,10 @@ An objective is a function
 
 of tokens (B, L) and a `Draw` of random numbers: the losses in order of priority, scalars to minimise
 (added up, or, under --surgery, each later one's gradient projected off the earlier ones'), and detached
-scalars for the log.
+scalars for the log, each a mean or a pair (sum, count) of which the log takes the mean.
 """
 
-import contextlib
+import copy
 import functools
 import json
 import os
@@ -64,12 +64,21 @@ def diagonal(model, tokens, draw, power=0.5):
     paper's, favours the likelier tokens, so it trades diversity for sharper samples.
     """
     B, L = tokens.shape
-    t = model.times(draw.uniform(1)).float().to(tokens.device)  # (B, 1), by the noise schedule
+    tau = draw.uniform(1)
+    t = model.times(tau).float().to(tokens.device)  # (B, 1 or L), by the noise schedule
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
     loss, report = head_loss(h, model.head, scale, cross_entropy(tokens.flatten()), c=0.01, r=power)
-    return {"diagonal": loss}, {"diagonal_ce": report["loss"].mean()}
+    return {"diagonal": loss}, {"diagonal_ce": report["loss"].mean()} | quarters("diagonal_ce", report["loss"], tau)
+
+
+def quarters(name, values, tau):
+    """{name_q1: (sum, count), ... name_q4}: `values` (B L,) over the rows with progress tau (B, 1) in each quarter of [0, 1]."""
+    rows = values.view(len(tau), -1).mean(-1, keepdim=True)
+    inside = ((4 * tau).long().clamp(max=3) == torch.arange(4)).to(rows.device)  # (B, 4)
+    sums = torch.where(inside, rows, 0).sum(0)  # not a product: a row that is not finite stays in its quarter
+    return {f"{name}_q{k + 1}": torch.stack([sums[k], inside[:, k].sum()]) for k in range(4)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,10 +164,11 @@ def project(first, second):
     return (inner < 0).float()
 
 
-def train(args, ranks, model, objective, meta, passes):
+def train(args, ranks, model, ema, objective, meta, passes):
     """Train `model` on args.data by `objective` for args.steps steps; write args.out.
 
-    ranks: what start_ranks returned. passes: the forward passes of the backbone that one row costs, for the FLOP count (a backward
+    ranks: what start_ranks returned. ema: a copy of the model, which becomes its moving average.
+    passes: the forward passes of the backbone that one row costs, for the FLOP count (a backward
     pass counts two). With args.resume, go on from args.out / "checkpoint.pt" as if never stopped.
     """
     rank, world, device = ranks
@@ -172,9 +182,9 @@ def train(args, ranks, model, objective, meta, passes):
         rows.take(args.seed, np.arange(args.batch_size))  # bad tokens show before anything is written
 
     model.to(device)
-    names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    ema.to(device).requires_grad_(False)
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = 0
     if args.resume:
         start = restore(path, model, optimizer, ema, meta, args)
@@ -185,8 +195,8 @@ def train(args, ranks, model, objective, meta, passes):
         args.out.mkdir(parents=True, exist_ok=True)
         write_config(args)
     if args.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
+        ema.compile_blocks()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def batches(split, seed, step):
@@ -202,14 +212,12 @@ def train(args, ranks, model, objective, meta, passes):
 
     def validate():
         """The objective's scalars on validation rows, under the averaged weights and fixed noise."""
-        total = {}
-        with torch.no_grad(), swapped(model, ema), autocast:
+        scores = Means(device)
+        with torch.no_grad(), autocast:
             for step in range(args.val_batches):
                 for tokens, draw in batches("val", 0, step):
-                    for name, value in objective(model, tokens, draw)[1].items():
-                        total.setdefault(name, []).append(value)
-        means = average([torch.stack(values).mean() for values in total.values()])
-        return {f"val_{name}": value.item() for name, value in zip(total, means, strict=True)}
+                    scores.add(step, objective(ema, tokens, draw)[1])
+        return {f"val_{name}": value for name, value in scores.read().items()}
 
     flops = passes * flops_per_row(model, meta["seq_len"])
     log = Log(args, start, meta["seq_len"], flops, ranks)
@@ -223,14 +231,14 @@ def train(args, ranks, model, objective, meta, passes):
         scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))  # the warm-up makes a short run's average useful
-        torch._foreach_lerp_([ema[n] for n in names], [p.detach() for p in params], 1 - decay)
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
         done = step + 1
         last = done == args.steps
         extra = validate() if last or done % args.val_every == 0 else {}
         log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
         if last or done % args.save_every == 0:
-            log.check_finite(done)
+            log.means.read()  # raises where anything since the last line is not finite
             if rank == 0:
                 save(path, model, ema, optimizer, done, meta, args)
     log.close()
@@ -239,56 +247,70 @@ def train(args, ranks, model, objective, meta, passes):
         dist.destroy_process_group()
 
 
+class Means:
+    """Means of scalars over steps and ranks, kept on the device: reading them is all that waits for it."""
+
+    def __init__(self, device):
+        self.device, self.count = device, 0
+
+    def add(self, step, scalars):
+        """Add {name: a mean, or a pair (sum, count)}, the same names each time."""
+        values = torch.cat([value.detach().float().reshape(-1).to(self.device) for value in scalars.values()])
+        if not self.count:
+            self.sizes = {name: value.numel() for name, value in scalars.items()}
+            self.total = torch.zeros_like(values)
+            self.bad = torch.full((1 + len(values),), -1.0, device=self.device)  # the first step that was not finite, and its values
+        self.total += values
+        now = torch.cat([torch.full((1,), float(step), device=self.device), values])
+        self.bad = torch.where(values.isfinite().all() | (self.bad[0] >= 0), self.bad, now)
+        self.count += 1
+
+    def read(self):
+        """{name: mean}, a pair as its ratio, or absent where its count is 0; the same on all ranks. {} before the first `add`.
+
+        Raises UserError, naming term, step and progress, where a value was not finite.
+        """
+        if not self.count:
+            return {}
+        total, bad = average([self.total / self.count, self.bad.clone()])
+        pieces = [dict(zip(self.sizes, v.cpu().split(list(self.sizes.values())), strict=True)) for v in (total, bad[1:])]
+        means, first = ({n: v[0] / v[1] if len(v) == 2 else v[0] for n, v in piece.items() if len(v) == 1 or v[1] > 0} for piece in pieces)
+        wrong = [name for name, value in first.items() if not value.isfinite()] if bad[0] >= 0 else []
+        if wrong:
+            terms = sorted((n for n in wrong if "_q" not in n), key=lambda n: not n.startswith("loss_"))
+            places = [f"[{(int(n[-1]) - 1) / 4:g}, {int(n[-1]) / 4:g}]" for n in wrong if "_q" in n]
+            where = f", from times of progress {' and '.join(places)}" if places else ""
+            raise UserError(f"{(terms or wrong)[0]} is {first[(terms or wrong)[0]]:g} at step {int(bad[0])}{where}; "
+                            "the last checkpoint is kept: resume from it with a lower --lr or --clip")  # fmt: skip
+        return {name: float(value) for name, value in means.items()}
+
+
 class Log:
     """Means since the last line, to log.jsonl and to the terminal. Only rank 0 writes."""
 
     def __init__(self, args, start, seq_len, flops, ranks):
         self.args, self.seq_len, self.flops = args, seq_len, flops
-        self.rank, self.world, self.device = ranks
-        rank = self.rank
+        rank, self.world, self.device = ranks
         self.file = open(args.out / "log.jsonl", "a" if args.resume else "w") if rank == 0 else None  # noqa: SIM115 (closed in close)
         self.bar = tqdm(initial=start, total=args.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
-        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
+        self.means, self.clock = Means(self.device), time.perf_counter()
 
     def step(self, done, scalars, lr, extra, last):
         self.bar.update()
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.count += 1
+        self.means.add(done, scalars)
         if not (extra or last or done % self.args.log_every == 0):
             return
-        line = {"step": done} | self.means(done) | {"lr": lr} | self.speed() | extra
-        self.refuse_non_finite(extra, done)
-        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
-        if self.rank == 0:
+        line = {"step": done} | self.means.read() | {"lr": lr} | self.speed() | extra
+        self.means, self.clock = Means(self.device), time.perf_counter()
+        if self.file:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "clamped", "val_", "tokens"))}
+            shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "clamped", "val_", "tokens")) and "_q" not in k}
             text = f"step {done:,}/{self.args.steps:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
             tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
-    def means(self, done):
-        """Means over the steps since the last line; the one place where the loop waits for the device."""
-        names = list(self.sums)
-        values = average([torch.as_tensor(self.sums[n], dtype=torch.float32, device=self.device) / self.count for n in names])
-        means = dict(zip(names, torch.stack(values).tolist(), strict=True))
-        self.refuse_non_finite(means, done)
-        return means
-
-    def refuse_non_finite(self, values, done):
-        """Raise UserError, naming the first of `values` that is not finite."""
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if bad:
-            raise UserError(f"{bad[0]} is {values[bad[0]]} between steps {done - self.count + 1} and {done}; the last checkpoint is kept: "
-                            "resume from it with a lower --lr or --clip")  # fmt: skip
-
-    def check_finite(self, done):
-        """Before a checkpoint: raise UserError where any scalar since the last line is not finite."""
-        if self.count:
-            self.means(done)
-
     def speed(self):
-        seconds = (time.perf_counter() - self.clock) / self.count
+        seconds = (time.perf_counter() - self.clock) / self.means.count
         rows = self.args.batch_size / seconds
         peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
         cuda = self.device.type == "cuda"
@@ -314,21 +336,6 @@ def flops_per_row(model, L):
     return L * (2 * (matmul + model.head.numel()) + 4 * config.layers * L * config.width)
 
 
-@contextlib.contextmanager
-def swapped(model, ema):
-    """The averaged weights in place of the model's own, for as long as the block lasts."""
-
-    def swap():
-        for name, p in model.named_parameters():
-            p.data, ema[name] = ema[name], p.data
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
 # ------------------------------------------------------------------------------------------------
 # Ranks, files and flags.
 
@@ -346,7 +353,7 @@ def start_ranks(args):
 
 def save(path, model, ema, optimizer, step, meta, args):
     """Write a checkpoint beside `path`, flush it to the disk, and rename it over `path`."""
-    content = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step,
+    content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                "model_config": config_dict(model), "meta": meta, "args": plain(args)}  # fmt: skip
     beside = path.with_suffix(".tmp")
     with open(beside, "wb") as file:
@@ -376,8 +383,7 @@ def restore(path, model, optimizer, ema, meta, args):
             raise UserError(f"{path} was trained with {key} {was}, this run has {now}; resume with the same, or name another --out")
     model.load_state_dict(checkpoint["model"], strict=True)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    for name, value in ema.items():
-        value.copy_(checkpoint["ema"][name])
+    ema.load_state_dict(checkpoint["ema"], strict=True)
     return checkpoint["step"]
 
 
@@ -417,7 +423,9 @@ def training_flags(parser, steps):
     group = parser.add_argument_group("training")
     group.add_argument("--data", type=Path, default=Path("data/owt"), metavar="DIR", help="data set made by prepare_data.py")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: runs/DATA-STAGE)")
-    group.add_argument("--steps", type=number(int, 1), default=steps, help="optimizer steps")
+    group.add_argument(
+        "--steps", type=number(int, 1), default=steps, help="optimizer steps (default: 1,000,000 of stage 1 or --joint, 100,000 of stage 2)"
+    )
     group.add_argument("--batch-size", type=number(int, 1), default=512, help="rows a step, over all ranks")
     group.add_argument("--micro-batch", type=number(int, 1), help="rows a rank takes at once (default: at most 64)")
     group.add_argument("--lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of Adam")
@@ -473,26 +481,40 @@ def replay(parser, path):
         if key not in known or key == "help":
             raise UserError(f"--config {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
         flag = known[key].option_strings[-1 if value is False else 0]
+        if value is False and not flag.startswith("--no-"):
+            continue  # a switch that was not thrown
         argv += [flag] if isinstance(value, bool) else [f"{flag}={value}"]
     return argv
+
+
+def model_flags(parser):
+    """The flags that shape a network trained from scratch."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--size", choices=list(SIZES), default="base", help="base is the paper's 170M, tiny is for a CPU")
+    group.add_argument("--schedule", choices=SCHEDULES, default="argmax", help="law of the times (36)")
+    group.add_argument("--schedule-blend", type=number(float, 0, 1), default=0.9, help="lambda of the argmax schedule")
+    group.add_argument("--position-lag", type=number(float, 0, 10), default=0.0, metavar="W",
+                       help="earlier positions first (38): the last one's odds of progress are exp(-W) of the first one's")  # fmt: skip
+    group.add_argument("--interpolant", choices=list(INTERPOLANTS), default="linear", help="path between noise and data (47)")
+
+
+def new_model(args, meta):
+    """A network from scratch, by the flags of `model_flags` and args.seed."""
+    torch.manual_seed(args.seed)
+    path = {key: getattr(args, key) for key in ("interpolant", "schedule", "schedule_blend", "position_lag")}
+    return build_model(ModelConfig(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"], **SIZES[args.size], **path))
 
 
 def main():
     parser = Parser(prog="train_diagonal.py", description=__doc__.partition("\n")[0])
     training_flags(parser, steps=1_000_000)
-    group = parser.add_argument_group("model")
-    group.add_argument("--size", choices=list(SIZES), default="base", help="base is the paper's 170M, tiny is for a CPU")
-    group.add_argument("--schedule", choices=SCHEDULES, default="argmax", help="law of the times (36)")
-    group.add_argument("--schedule-blend", type=number(float, 0, 1), default=0.9, help="lambda of the argmax schedule")
-    group.add_argument("--interpolant", choices=list(INTERPOLANTS), default="linear", help="path between noise and data (47)")
+    model_flags(parser)
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     meta = read_meta(args.data)
-    torch.manual_seed(args.seed)
-    model = build_model(ModelConfig(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"], **SIZES[args.size], interpolant=args.interpolant,
-                                    schedule=args.schedule, schedule_blend=args.schedule_blend))  # fmt: skip
-    train(args, start_ranks(args), model, functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
+    model = new_model(args, meta)
+    train(args, start_ranks(args), model, copy.deepcopy(model), functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
 
 
 if __name__ == "__main__":
