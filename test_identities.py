@@ -370,6 +370,69 @@ def test_teacher_is_a_constant(loss, form):
         assert a is None or torch.allclose(a, b, atol=1e-12)
 
 
+def distillation_args(loss, **changes):
+    """The flags of distill.py that its objective reads."""
+    return SimpleNamespace(**{"loss": loss, "target": "logit", "reverse_kl": False, "boundary": 1 / 8, "step_law": "uniform", "diagonal_share": 0.5,
+                              "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
+def test_learned_weight(loss):
+    """exp(-w) loss + w: the loss's gradient scales by exp(-w), w's own is 1 - exp(-w) loss; w sees s alone under PSD."""
+    model, tokens = small_model(vocab=V).float(), torch.randint(V, (16, 5))
+    last = model.loss_weight[-1]
+    torch.nn.init.zeros_(last.weight)  # w is its bias, at first
+    torch.nn.init.constant_(last.bias, 0.7)
+
+    def loss_of(learned):
+        args = distillation_args(loss, learned_weight=learned, consistency_power=0.3)
+        total, _ = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)
+        return (float(total), *torch.autograd.grad(total, [model.head, last.bias], allow_unused=True))
+
+    plain, plain_grad, none = loss_of(False)
+    total, grad, weight_grad = loss_of(True)
+    assert none is None
+    assert torch.allclose(grad, math.exp(-0.7) * plain_grad, atol=1e-6)
+    assert total == pytest.approx(math.exp(-0.7) * plain + 0.7, rel=1e-5)
+    assert float(weight_grad) == pytest.approx(1 - math.exp(-0.7) * plain, rel=1e-4)
+    torch.nn.init.normal_(last.weight)
+    seen = []
+    log_weight = model.log_weight
+    model.log_weight = lambda s, t: seen.append((s, t)) or log_weight(s, t)
+    loss_of(True)
+    ((s, t),) = seen
+    assert torch.equal(s, t) == (loss == "psd")
+
+
+def test_rows_are_shared_out():
+    """Half of any even run of rows learns the diagonal, the others the identity, whatever the micro-batch."""
+    model, tokens, seen = small_model(vocab=V).float(), torch.randint(V, (8, 5)), []
+    objective = distill.distillation(distillation_args("psd"), None)
+    for rows in (np.arange(8), np.arange(2, 6)):
+        draw = Draw(0, 0, rows, "cpu")
+        parts = []
+        draw.part = lambda mask, rows=rows, parts=parts: parts.append(rows[mask]) or Draw(0, 0, rows[mask], "cpu")
+        objective(model, tokens[rows], draw)
+        seen.append([set(part.tolist()) for part in parts])
+    assert seen[0] == [{1, 3, 5, 7}, {0, 2, 4, 6}]
+    assert seen[1] == [{3, 5}, {2, 4}]
+
+
+def test_surgery_comes_after_the_average(monkeypatch):
+    """The gradients that are projected are means over micro-batches and over ranks, not each rank's own."""
+    calls = []
+    project, average = train_diagonal.project, train_diagonal.average
+    monkeypatch.setattr(train_diagonal, "average", lambda tensors: calls.append("average") or average(tensors))
+    monkeypatch.setattr(train_diagonal, "project", lambda a, b: calls.append("project") or project(a, b))
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    # two micro-batches: each alone has conflicting gradients, (1, 0) and (-1, 1), their means have not
+    batches = [(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.0])), (torch.tensor([0.0, 2.0]), torch.tensor([2.0, 0.0]))]
+    grads, scalars = train_diagonal.gradients([w], lambda model, a, b: ({"first": (w * a).sum(), "second": (w * b).sum()}, {}), None, batches, True)
+    assert scalars["conflict"] == 0
+    assert torch.equal(grads[0], torch.tensor([1.0, 1.0]))
+    assert calls == ["average", "average", "project"]
+
+
 def test_surgery():
     """The projected gradient never opposes the first one, and is left alone where they agree."""
     torch.manual_seed(0)

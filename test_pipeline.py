@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def log_lines(folder, without=("seconds_per_step", "tokens_per_second", "peak_me
 # The whole road.
 
 
-@pytest.mark.parametrize("loss", ["psd", "esd"])
+@pytest.mark.parametrize("loss", ["psd", "lsd", "esd"])
 def test_the_whole_road(work, loss):
     """prepare, train, distil, sample, evaluate: each reads what the one before wrote, by its defaults."""
     meta = read_meta(work / "data/grammar")
@@ -95,8 +96,9 @@ def test_the_whole_road(work, loss):
     python("distill.py", "--data", "data/grammar", f"--loss={loss}", "--steps", 2, *TINY[2:], cwd=work)
     run = work / f"runs/grammar-{loss}"
     last = log_lines(run)[-1]
-    assert {"diagonal_ce", "consistency_kl", "grad_norm", "val_diagonal_ce", "lr"} <= last.keys()
-    assert ("clamped" in last) == (loss == "esd")
+    assert {"diagonal_ce", "consistency_kl", "distance", "teacher_entropy", "grad_norm", "val_diagonal_ce", "lr"} <= last.keys()
+    assert {f"consistency_kl_q{k}" for k in (2, 3, 4)} <= last.keys()
+    assert ("clamped" in last) == (loss != "psd")
     assert ("conflict" in last) == (loss == "psd")
     config = json.loads((run / "config.json").read_text())
     assert config["flags"]["loss"] == loss
@@ -143,15 +145,23 @@ def test_training_learns(tmp_path, work):
 # Ranks, accumulation, resume.
 
 
+STAGES = {
+    "psd": ["--loss", "psd"],
+    "esd": ["--loss", "esd"],
+    "lsd-ema": ["--loss", "lsd", "--teacher", "ema", "--target", "signed"],
+    "joint": ["--loss", "esd", "--joint", "--size", "tiny", "--position-lag", "1", "--step-law", "pair"],
+}
+
+
 def stage_command(stage, work):
-    """The program and flags of a short run of stage 1 ("diagonal"), or of stage 2 with that loss, on the grammar."""
+    """The program and flags of a short run of stage 1 ("diagonal"), or of one of STAGES, on the grammar."""
     if stage == "diagonal":
         return ["train_diagonal.py", "--data", work / "data/grammar", *TINY]
-    start = work / "runs/grammar-diagonal/checkpoint.pt"
-    return ["distill.py", "--loss", stage, "--checkpoint", start, "--data", work / "data/grammar", *TINY[2:]]
+    start = [] if stage == "joint" else ["--checkpoint", work / "runs/grammar-diagonal/checkpoint.pt"]
+    return ["distill.py", *STAGES[stage], *start, "--data", work / "data/grammar", *TINY[2:]]
 
 
-@pytest.mark.parametrize("stage", ["diagonal", "psd", "esd"])
+@pytest.mark.parametrize("stage", ["diagonal", "psd", "esd", "joint"])
 def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
     """One step by one rank, by one rank in four micro-batches, and by two ranks: the same gradient (Adam's first moment)."""
     program = stage_command(stage, work)
@@ -184,7 +194,7 @@ assert not any("gloo" in name for name in names), names
     python(tmp_path / "rank.py", cwd=tmp_path, env=dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())))
 
 
-@pytest.mark.parametrize("stage", ["diagonal", "psd", "esd"])
+@pytest.mark.parametrize("stage", ["diagonal", *STAGES])
 def test_resume_is_not_stopping(work, tmp_path, stage):
     """Three steps, then --resume to six, equal six at once: weights, average, optimizer and log, bit for bit."""
     program = [*stage_command(stage, work), "--micro-batch", 8]
@@ -216,6 +226,44 @@ def test_config_replays_a_run(work, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(config))
     done = python("train_diagonal.py", "--config", tmp_path / "c.json", cwd=tmp_path, ok=False)
     assert one_line(done.returncode, done.stderr, "learning_rate")
+
+
+def test_first_steps(work, tmp_path):
+    """Warm-up and cool-down of the learning rate, and the average after one step: a tenth of the start, the rest of the new weights."""
+    flags = ["--data", work / "data/grammar", *TINY, "--lr", "1e-2", "--warmup", 2, "--cooldown", 2]
+    python("train_diagonal.py", *flags, "--out", tmp_path / "a", "--steps", 4, cwd=tmp_path)
+    assert [line["lr"] for line in log_lines(tmp_path / "a")] == pytest.approx([0.005, 0.01, 0.01, 0.005])
+    python("train_diagonal.py", *flags, "--out", tmp_path / "b", "--steps", 1, cwd=tmp_path)
+    saved = checkpoint(tmp_path / "b/checkpoint.pt")
+    args = SimpleNamespace(
+        seed=0, size="tiny", **{key: saved["model_config"][key] for key in ("interpolant", "schedule", "schedule_blend", "position_lag")}
+    )
+    for name, start in train_diagonal.new_model(args, saved["meta"]).named_parameters():
+        assert torch.allclose(saved["ema"][name], 0.1 * start.detach() + 0.9 * saved["model"][name], atol=1e-7), name
+    assert not torch.equal(saved["ema"]["head"], saved["model"]["head"])
+
+
+def test_a_loss_that_is_not_finite(work, tmp_path):
+    """The run stops with a line that names term, step and progress; the checkpoint before is kept."""
+    flags = ["--data", work / "data/grammar", "--out", tmp_path / "run", *TINY, "--log-every", 5, "--save-every", 1, "--warmup", 0]
+    done = python("train_diagonal.py", *flags, "--steps", 9, "--lr", "1e38", cwd=tmp_path, ok=False)
+    assert one_line(done.returncode, done.stderr, "loss_diagonal is nan at step 2, from times of progress [0, 0.25]")
+    assert checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+def test_means_find_the_bad_term():
+    """Means over steps, a pair as the ratio of its sums; the first bad step, its term and its quarter are named."""
+    means = train_diagonal.Means("cpu")
+    for step, (loss, pair) in enumerate([(1.0, (2.0, 1)), (3.0, (0.0, 0)), (5.0, (4.0, 2))]):
+        means.add(step, {"loss": torch.tensor(loss), "ce_q1": torch.tensor(pair), "ce_q2": torch.tensor([0.0, 0.0])})
+    assert means.read() == {"loss": 3.0, "ce_q1": 2.0}
+    means = train_diagonal.Means("cpu")
+    for step in range(5):
+        rows = torch.tensor([1.0, 1.0, math.nan if step >= 3 else 1.0, 1.0])
+        bins = train_diagonal.quarters("ce", rows, torch.tensor([[0.1], [0.3], [0.6], [0.9]]))
+        means.add(step, {"other": torch.tensor(math.nan if step == 4 else 0.0), "loss_x": rows.mean()} | bins)
+    with pytest.raises(prepare_data.UserError, match=r"loss_x is nan at step 3, from times of progress \[0.5, 0.75\];"):
+        means.read()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -404,6 +452,12 @@ BAD = [
     (distill, ["--data", "grammar", "--loss", "psd", "--checkpoint", "short.txt"], "short.txt"),
     (distill, ["--data", "grammar", "--loss", "psd", "--checkpoint", "trained/checkpoint.pt", "--micro-batch", "1"], "--diagonal-share"),
     (distill, ["--data", "other", "--loss", "psd", "--checkpoint", "trained/checkpoint.pt"], "seq_len"),
+    (distill, ["--data", "grammar", "--loss", "psd", "--teacher", "ema"], "--teacher"),
+    (distill, ["--data", "grammar", "--loss", "psd", "--target", "signed"], "--target"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--reverse-kl"], "--reverse-kl"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--joint", "--checkpoint", "trained/checkpoint.pt"], "--joint"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--joint", "--teacher", "frozen"], "--teacher"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--position-lag", "1"], "--position-lag"),
     (sample, [], "runs/owt-esd"),
     (sample, ["--nfe", "0"], "--nfe"),
     (sample, ["--checkpoint", "trained"], "trained"),
