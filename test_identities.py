@@ -6,6 +6,8 @@ definitions. It answers the same calls as model.DiT, with W the identity, so the
 teachers and sampler run on it unchanged.
 """
 
+import copy
+import functools
 import math
 from types import SimpleNamespace
 
@@ -48,14 +50,14 @@ class Oracle:
     model.lagged(tau). All times of a row lie on that curve, along which the flow is integrated.
     """
 
-    def __init__(self, path, lag=0.0, steps=150):
-        self.path, self.lag, self.steps = INTERPOLANTS[path], lag, steps
-        self.head = self.embedding = torch.eye(V, dtype=torch.float64)
-        self.one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()  # (K, L, V)
+    def __init__(self, path, lag=0.0, steps=150, sequences=SEQUENCES, weights=WEIGHTS):
+        self.path, self.lag, self.steps, self.log_weights = INTERPOLANTS[path], lag, steps, weights.log()
+        self.one_hot = torch.nn.functional.one_hot(sequences).double()  # (K, L, V)
+        self.head = self.embedding = torch.eye(self.one_hot.shape[-1], dtype=torch.float64)
 
     def times_and_rates(self, tau):
         """(B, 1) -> two of (B, 1), or of (B, L) with a lag."""
-        return lagged(tau, self.lag, L) if self.lag else (tau, torch.ones_like(tau))
+        return lagged(tau, self.lag, self.one_hot.shape[1]) if self.lag else (tau, torch.ones_like(tau))
 
     def times(self, tau):
         return self.times_and_rates(tau)[0]
@@ -69,7 +71,7 @@ class Oracle:
         """E[x1 | x_t = x] (21): the posterior over sequences, one signal-to-noise weight a position."""
         ratio = self.path.beta(t) / self.path.alpha(t) ** 2  # (B, 1 or L)
         evidence = torch.einsum("blv,klv->blk", x, self.one_hot) * ratio[..., None]
-        posterior = (WEIGHTS.log() + evidence.sum(1)).softmax(-1)  # (B, K)
+        posterior = (self.log_weights + evidence.sum(1)).softmax(-1)  # (B, K)
         return torch.einsum("bk,klv->blv", posterior, self.one_hot)
 
     def flow(self, x, s, t):
@@ -445,6 +447,72 @@ def test_surgery():
         assert conflict == (sign < 0)
         assert inner > -1e-5
         assert all(torch.equal(a, b) for a, b in zip(before, second, strict=True)) == (sign > 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning on the oracle, a language of three pairs.
+
+PAIRS, SHARES = torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+
+def learn(model, objective, steps, lr, surgery=False, batch=256):
+    """Adam on `objective` over pairs drawn by their shares, the learning rate falling linearly to 0."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, lr=lr, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+        tokens = PAIRS[torch.multinomial(SHARES, batch, replacement=True, generator=generator)]
+        grads, _ = train_diagonal.gradients(params, objective, model, [(tokens, Draw(0, step, np.arange(batch), "cpu"))], surgery)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+
+def true_kl(model, euler=False):
+    """KL(true psi_st || the model's psi_st, or its psi_ss), nats a token, over the jumps of distill.draw_progress."""
+    oracle = Oracle("linear", steps=60, sequences=PAIRS, weights=SHARES)
+    jump = distill.Jump.between(model, *distill.draw_progress(Draw(5, 0, np.arange(512), "cpu"), 1 / 8))
+    draw = Draw(6, 0, np.arange(512), "cpu")
+    x1 = oracle.one_hot[torch.multinomial(SHARES, 512, replacement=True, generator=torch.Generator().manual_seed(3))]
+    x = (1 - jump.s)[..., None] * draw.normal(2, 3).double() + jump.s[..., None] * x1
+    truth = oracle.psi(x, jump.s, jump.t).clamp(min=0)
+    h = model((x @ model.embedding.double()).float(), jump.s.float(), (jump.s if euler else jump.t).float())
+    log_psi = (h @ model.head.T).log_softmax(-1).double()
+    return float((torch.xlogy(truth, truth) - truth * log_psi).sum(-1).mean())
+
+
+def one_step_shares(model, euler=False):
+    """The shares of the three pairs among 4,096 samples of one network evaluation."""
+    tokens = generate(model, Draw(9, 0, np.arange(4096), "cpu").normal(2, model.noise_size), 1, euler)
+    return (tokens[:, None] == PAIRS).all(-1).double().mean(0)
+
+
+@pytest.fixture(scope="module")
+def learned_diagonal():
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(3, 2, 2, 64, 2))
+    learn(model, functools.partial(train_diagonal.diagonal, power=0.0), 400, 3e-3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("loss", "form", "lr", "weighted"), [("psd", "logit", 3e-3, False), ("lsd", "signed", 3e-3, False), ("esd", "logit", 5e-4, True)]
+)
+def test_learning_reaches_the_truth(learned_diagonal, loss, form, lr, weighted):
+    """Each loss brings the true KL to psi_st below 0.1 nats, and one step to the shares of the language within 0.1."""
+    with torch.no_grad():
+        # the diagonal alone, a step of Euler's method, cannot
+        assert true_kl(learned_diagonal, euler=True) > 0.2
+        assert (one_step_shares(learned_diagonal, euler=True) - SHARES).abs().max() > 0.3
+    model = copy.deepcopy(learned_diagonal)
+    model.embedding.requires_grad_(False)
+    args = distillation_args(loss, target=form, learned_weight=weighted, consistency_power=0.5 if weighted else 0.0)
+    learn(model, distill.distillation(args, None if loss == "psd" else learned_diagonal), 500, lr, surgery=loss == "psd")
+    with torch.no_grad():
+        assert true_kl(model) < 0.1
+        assert (one_step_shares(model) - SHARES).abs().max() < 0.1
 
 
 # ------------------------------------------------------------------------------------------------
