@@ -234,9 +234,14 @@ def attention_tangent(q, k, v, dq, dk, dv):
     return out
 
 
-def norm_tangent(norm, x, y, dx):
-    """The derivative along dx of y = norm(x), a LayerNorm without weights."""
-    scale = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + norm.eps)
+def norm(x):
+    """LayerNorm without weights over the last dimension: (y, the scale that it multiplied by)."""
+    y, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+    return y, scale
+
+
+def norm_tangent(y, scale, dx):
+    """The derivative along dx of y, where (y, scale) = norm(x)."""
     return scale * (dx - dx.mean(-1, keepdim=True) - y * (y * dx).mean(-1, keepdim=True))
 
 
@@ -257,7 +262,6 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, self.heads = config.width, config.heads
-        self.norm = nn.LayerNorm(D, elementwise_affine=False)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
@@ -277,11 +281,11 @@ class Block(nn.Module):
         PyTorch's own would record a second graph behind the tangent, which nothing ever reads.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)  # (B, 1 or L, D) each
-        n_a = self.norm(h)
+        n_a, r_a = norm(h)
         q, k, v = self.split(self.qkv(modulate(n_a, shift_a, scale_a)), cos, sin)
         a = self.out(attention(q, k, v).transpose(1, 2).flatten(2))
         h_a = torch.addcmul(h, gate_a, a)
-        n_m = self.norm(h_a)
+        n_m, r_m = norm(h_a)
         up = self.mlp[0](modulate(n_m, shift_m, scale_m))
         m = self.mlp[2](self.mlp[1](up))
         h_m = torch.addcmul(h_a, gate_m, m)
@@ -289,11 +293,11 @@ class Block(nn.Module):
             return h_m
         with torch.no_grad():
             dshift_a, dscale_a, dgate_a, dshift_m, dscale_m, dgate_m = F.linear(dtime, self.modulation.weight).chunk(6, -1)
-            dn = norm_tangent(self.norm, h, n_a, dh)
+            dn = norm_tangent(n_a, r_a, dh)
             dx = F.linear(dn * (1 + scale_a) + torch.addcmul(dshift_a, n_a, dscale_a), self.qkv.weight)
             da = attention_tangent(q, k, v, *self.split(dx, cos, sin)).transpose(1, 2).flatten(2)
             dh = dh + dgate_a * a + gate_a * F.linear(da, self.out.weight)
-            dn = norm_tangent(self.norm, h_a, n_m, dh)
+            dn = norm_tangent(n_m, r_m, dh)
             dx = F.linear(dn * (1 + scale_m) + torch.addcmul(dshift_m, n_m, dscale_m), self.mlp[0].weight)
             dm = F.linear(torch.ops.aten.gelu_backward(dx, up, approximate="tanh"), self.mlp[2].weight)
             return h_m, dh + dgate_m * m + gate_m * dm
@@ -316,7 +320,6 @@ class DiT(nn.Module):
         self.embedding = nn.Parameter(nn.init.orthogonal_(torch.empty(V, D)))
         self.time_s, self.time_t = TimeEmbedding(config.time_width), TimeEmbedding(config.time_width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(D, elementwise_affine=False)
         self.final_modulation = nn.Linear(config.time_width, 2 * D)
         self.head = nn.Parameter(torch.zeros(V, D))
         nn.init.zeros_(self.final_modulation.weight)
@@ -344,7 +347,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, time, self.cos[:L], self.sin[:L])
         shift, scale = self.final_modulation(time).chunk(2, -1)
-        return modulate(self.final_norm(h), shift, scale)
+        return modulate(norm(h)[0], shift, scale)
 
     def derivative(self, y, s, t, dy=None, ds=None, dt=None):
         """One dual pass: h_st with its ordinary graph, and its derivative along (dy, ds, dt), without one; None is zero.
@@ -358,10 +361,10 @@ class DiT(nn.Module):
         h, dh = y, zeros(y) if dy is None else dy.to(y.dtype)
         for block in self.blocks:
             h, dh = block(h, time, self.cos[:L], self.sin[:L], dh, dtime)
-        n, (shift, scale) = self.final_norm(h), self.final_modulation(time).chunk(2, -1)
+        (n, r), (shift, scale) = norm(h), self.final_modulation(time).chunk(2, -1)
         with torch.no_grad():
             dshift, dscale = F.linear(dtime, self.final_modulation.weight).chunk(2, -1)
-            dh = norm_tangent(self.final_norm, h, n, dh) * (1 + scale) + torch.addcmul(dshift, n, dscale)
+            dh = norm_tangent(n, r, dh) * (1 + scale) + torch.addcmul(dshift, n, dscale)
         return modulate(n, shift, scale), dh
 
     def log_weight(self, s, t):
