@@ -27,7 +27,7 @@ test: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[eval,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[eval,test]'
 	touch $(READY)
 
 clean:

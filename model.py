@@ -449,7 +449,8 @@ def softmax(z):
     """The link between logits and the convex set on which the mean denoiser lives: here the simplex.
 
     For another convex set this would be the gradient of its log-partition function, and the losses
-    below the Bregman divergence that goes with it; everything else would stay.
+    below the Bregman divergence that goes with it; everything else would stay. The losses take its
+    logarithm as z.log_softmax(-1).
     """
     return z.softmax(-1)
 

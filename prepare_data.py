@@ -39,11 +39,18 @@ class UserError(Exception):
     """Something the user can mend: the message says what was found, what was expected, what to do."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, but where the text gives one itself or there is none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or "default:" in action.help else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviated flags, and errors of one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -141,8 +141,8 @@ def gradients(params, objective, model, batches, surgery):
 def average(tensors):
     """Replace tensors by their mean over all ranks, in place.
 
-    Not the DistributedDataParallel wrapper: a step here makes several forward passes (one of them in
-    forward mode) and, for PSD, must see two averaged gradients before it adds them.
+    Not the DistributedDataParallel wrapper: a step here makes several forward passes and, for PSD, must
+    see two averaged gradients before it adds them.
     """
     if dist.is_initialized():
         flat = torch.cat([t.flatten() for t in tensors])  # one message, not one a parameter
