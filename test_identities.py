@@ -395,7 +395,7 @@ def test_learned_weight(loss):
     def loss_of(learned):
         args = distillation_args(loss, learned_weight=learned, consistency_power=0.3)
         total, _ = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)
-        return (float(total), *torch.autograd.grad(total, [model.head, last.bias], allow_unused=True))
+        return (total.item(), *torch.autograd.grad(total, [model.head, last.bias], allow_unused=True))
 
     plain, plain_grad, none = loss_of(False)
     total, grad, weight_grad = loss_of(True)
