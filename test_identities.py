@@ -384,6 +384,22 @@ def distillation_args(loss, **changes):
                               "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
 
 
+def test_diagonal_conditions(monkeypatch):
+    """The diagonal shows the network x_t with s = t, each row its own time, and the tokens' own noise and embedding."""
+    model, tokens, seen = small_model(vocab=V).float(), torch.randint(V, (16, 5)), []
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, y, s, t: seen.append((y, s, t)) or forward(self, y, s, t))
+    train_diagonal.diagonal(model, tokens, Draw(0, 0, np.arange(16), "cpu"))
+    ((y, s, t),) = seen
+    draw = Draw(0, 0, np.arange(16), "cpu")
+    time = model.times(draw.uniform(1)).float()
+    assert torch.equal(s, time)
+    assert torch.equal(t, time)
+    x1 = torch.nn.functional.one_hot(tokens, V).float()
+    x_t = (1 - time)[..., None] * draw.normal(5, V) + time[..., None] * x1
+    assert torch.allclose(y, x_t @ model.embedding, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
 def test_learned_weight(loss):
     """exp(-w) loss + w: the loss's gradient scales by exp(-w), w's own is 1 - exp(-w) loss; w sees s alone under PSD."""
@@ -614,6 +630,7 @@ def small_model(vocab=40, width=16, **kwargs):
 def test_embedded_noise():
     """y0 = xi C^T has the law of x0 W: covariance W^T W (exactly, from the factor), and the gradient of E|y0 A|^2."""
     model = small_model()
+    torch.nn.init.normal_(model.embedding)  # at its start W is orthogonal, and any factor of the identity would do
     assert model.noise_size == 16
     W, A = model.embedding, torch.randn(16, 3, dtype=torch.float64)
     factor = model.embed_noise(torch.eye(16, dtype=torch.float64)[None])[0]  # (noise_size, D): y0 = xi factor
