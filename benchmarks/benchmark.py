@@ -14,7 +14,6 @@ weights, gradients and optimizer state, which every variant shares.
     psd ...     every row of the step a consistency row, its teacher included
 """
 
-import argparse
 import functools
 import gc
 import json
@@ -22,6 +21,7 @@ import platform
 import statistics
 import sys
 import time
+from argparse import BooleanOptionalAction
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,7 +34,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distill
-from model import SIZES, DiT, Draw, ModelConfig, best_device, cross_entropy, head_loss
+from model import SIZES, DiT, Draw, ModelConfig, cross_entropy, head_loss, machine_flags, resolve_machine
+from prepare_data import Parser, run
 from sample import generate
 from train_diagonal import PEAK_FLOPS, diagonal, flops_per_row, gradients
 
@@ -63,10 +64,10 @@ def next_token(model, tokens, draw):
     return {"next": head_loss(h, model.head, scale, cross_entropy(tokens[:, 1:].flatten()), c=0.01, r=0.0)[0]}, {}
 
 
-def consistency(loss, teacher, target, model, tokens, draw):
+def consistency(loss, teacher, model, tokens, draw):
     """All rows of the step on one identity."""
     args = SimpleNamespace(
-        loss=loss, target=target, reverse_kl=False, boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
+        loss=loss, target="logit", reverse_kl=False, boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
     )
     return {"consistency": distill.consistency(model, teacher or model, tokens, draw, args)[0]}, {}
 
@@ -91,7 +92,7 @@ class Meter:
     """Seconds of a call, and the bytes that its peak adds to what was there before."""
 
     def __init__(self, device):
-        self.cuda, self.device = device.type == "cuda", device
+        self.cuda = device.type == "cuda"
 
     @staticmethod
     def resident(key):
@@ -177,9 +178,9 @@ def steps(args):
         "diagonal": diagonal,
         "V-sized": v_sized,
         "next token": next_token,
-        "psd": functools.partial(consistency, "psd", None, "logit"),
-        "lsd": functools.partial(consistency, "lsd", teacher, "logit"),
-        "esd": functools.partial(consistency, "esd", teacher, "logit"),
+        "psd": functools.partial(consistency, "psd", None),
+        "lsd": functools.partial(consistency, "lsd", teacher),
+        "esd": functools.partial(consistency, "esd", teacher),
     }
     objectives = {name: f for name, f in objectives.items() if not args.only or name in args.only}
     results = bench.interleaved({name: functools.partial(bench.step, f) for name, f in objectives.items()}, args.repeats)
@@ -236,7 +237,7 @@ def memory(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(prog="benchmark.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=["steps", "sampling", "memory"], default=["steps", "sampling", "memory"])
     parser.add_argument("--only", nargs="+", metavar="STEP", help="of the steps, these")
     parser.add_argument("--size", choices=list(SIZES), default="base")
@@ -247,12 +248,11 @@ def main():
     parser.add_argument("--memory-rows", type=int, default=32, help="rows of 128 in the memory tables")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count, after one of warm-up")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default=best_device())
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    machine_flags(parser)
+    parser.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile the blocks (default: on cuda)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON")
     args = parser.parse_args()
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    resolve_machine(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
     print(f"torch {torch.__version__}, {args.device}: {device}, {args.dtype}, size {args.size}, V = {args.vocab_size}, L = {args.seq_len}")
@@ -263,4 +263,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
