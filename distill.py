@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
+from model import Divergence, head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
 from prepare_data import Parser, UserError, number, read_meta, run
 from train_diagonal import diagonal, model_flags, new_model, parse_training_args, quarters, start_ranks, train, training_flags
 
@@ -69,7 +69,7 @@ def draw_progress(draw, boundary, law="uniform"):
 
 # ------------------------------------------------------------------------------------------------
 # The teachers. Each takes (model, teacher, y, jump, args) and returns the student's hidden vectors h_st
-# (B, L, D), with their graph, and a divergence for model.head_loss, whose target is a constant.
+# (B, L, D), with their graph, and a Divergence for model.head_loss, whose target is a constant.
 # `teacher` gives the instantaneous denoiser: the frozen stage-1 network, the average, or the student itself.
 
 
@@ -82,13 +82,14 @@ def psd(model, teacher, y, jump, args):
         h_ut = model(X_su, u, t).flatten(0, 1)
         h_su = h_su.flatten(0, 1)
         omega = a_row_each(model.path.omega(s, u, t), y)
-    head = lowered(model.head)
+    divergence = (reverse_kl if args.reverse_kl else kl)(semigroup)
+    return model(y, s, t), Divergence(divergence, (h_su, h_ut, omega), (lowered(model.head),))
 
-    def target(z, rows):
-        log_su, log_ut = (wide(h[rows] @ head.T).log_softmax(-1) for h in (h_su, h_ut))
-        return torch.logaddexp(log_su + omega[rows].log(), log_ut + (1 - omega[rows]).log()), {}
 
-    return model(y, s, t), (reverse_kl if args.reverse_kl else kl)(target)
+def semigroup(z, h_su, h_ut, omega, head):
+    """omega psi_su + (1 - omega) psi_ut, from hidden vectors; the student's own logits z play no part."""
+    psi_su, psi_ut = (softmax(wide(h @ head.T)) for h in (h_su, h_ut))
+    return psi_su.mul_(omega).addcmul_(psi_ut, 1 - omega), {}
 
 
 def lsd(model, teacher, y, jump, args):
@@ -124,25 +125,29 @@ def corrected(model, teacher, h, dh, a, b, form):
                  and the share of clamped entries is reported.
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, no clamp, and no 0/0 at t = 1.
     """
-    a, b = a_row_each(a, h), a_row_each(b, h)
-    h, dh, head, teacher_head = h.flatten(0, 1), dh.flatten(0, 1), lowered(model.head), lowered(teacher.head)
+    by_row = h.flatten(0, 1), dh.flatten(0, 1), a_row_each(a, h), a_row_each(b, h)
+    divergence = kl(corrected_logits) if form == "logit" else signed(residual)
+    return Divergence(divergence, by_row, (lowered(teacher.head), lowered(model.head)))
 
-    def derivatives(z, rows):
-        z_teacher, dz, psi_st = wide(h[rows] @ teacher_head.T), wide(dh[rows] @ head.T), softmax(z)
-        return z_teacher, psi_st, dz - (psi_st * dz).sum(-1, keepdim=True)
 
-    def target(z, rows):
-        z_teacher, _, delta = derivatives(z, rows)
-        argument, floor = a[rows] + b[rows] * delta, CLAMP * (a[rows] + b[rows].abs())
-        return (z_teacher - argument.clamp(min=floor).log()).log_softmax(-1), {"clamped": (argument < floor).float().mean(-1)}
+def derivatives(z, h, dh, teacher_head, head):
+    """The teacher's logits, psi_st and delta, (n, V) each."""
+    z_teacher, dz, psi_st = wide(h @ teacher_head.T), wide(dh @ head.T), softmax(z)
+    return z_teacher, psi_st, dz - (psi_st * dz).sum(-1, keepdim=True)
 
-    def residual(z, rows):
-        z_teacher, psi_st, delta = derivatives(z, rows)
-        psi = softmax(z_teacher)
-        entropy = -torch.linalg.vecdot(psi, z_teacher.log_softmax(-1))
-        return a[rows] * (psi_st - psi) + b[rows] * psi_st * delta, {"teacher_entropy": entropy}
 
-    return kl(target) if form == "logit" else signed(residual)
+def corrected_logits(z, h, dh, a, b, teacher_head, head):
+    """The "logit" form of `corrected`: (q, {"clamped": share})."""
+    z_teacher, _, delta = derivatives(z, h, dh, teacher_head, head)
+    argument, floor = a + b * delta, CLAMP * (a + b.abs())
+    return softmax(z_teacher - argument.clamp(min=floor).log()), {"clamped": (argument < floor).float().mean(-1)}
+
+
+def residual(z, h, dh, a, b, teacher_head, head):
+    """The "signed" form of `corrected`: (p - q, report)."""
+    z_teacher, psi_st, delta = derivatives(z, h, dh, teacher_head, head)
+    psi = softmax(z_teacher)
+    return a * (psi_st - psi) + b * psi_st * delta, {"teacher_entropy": torch.special.entr(psi).sum(-1)}
 
 
 def a_row_each(value, y):
@@ -165,14 +170,15 @@ def consistency(model, teacher, tokens, draw, args):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or what args asks for in its place, weighted by (45) with c = 1e-6, then by exp(-w)."""
     B, L = tokens.shape
     progress = draw_progress(draw, args.boundary, args.step_law)
-    jump = Jump(*(v.float().to(tokens.device) for v in Jump.between(model, *progress)))
+    jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in Jump.between(model, *progress)))
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, jump.s)
     h, divergence = TEACHERS[args.loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
     if args.learned_weight:
         w = model.log_weight(jump.s, jump.s if args.loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
-    loss, report = head_loss(h.flatten(0, 1), model.head, torch.exp(-w.detach()) / (B * L), divergence, c=1e-6, r=args.consistency_power)
+    scale = torch.exp(-w.detach()) / (B * L)
+    loss, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=args.consistency_power, compiled=model.compiled)
     # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `loss` already
     learned = torch.exp(-w) * report.pop("weighted")
     name = "consistency_kl" if args.target == "logit" else "consistency_square"
@@ -187,8 +193,9 @@ def distillation(args, teacher):
     def objective(model, tokens, draw):
         # by index and evenly spread: every run of rows holds its share of diagonal ones, whatever the micro-batch
         mask = np.floor((draw.rows + 1) * args.diagonal_share + 1e-9) > np.floor(draw.rows * args.diagonal_share + 1e-9)
-        losses, report = diagonal(model, tokens[mask], draw.part(mask), args.diagonal_power)
-        losses["consistency"], more = consistency(model, teacher or model, tokens[~mask], draw.part(~mask), args)
+        part, rest = (torch.from_numpy(np.flatnonzero(m)).to(tokens.device, non_blocking=True) for m in (mask, ~mask))
+        losses, report = diagonal(model, tokens[part], draw.part(mask), args.diagonal_power)
+        losses["consistency"], more = consistency(model, teacher or model, tokens[rest], draw.part(~mask), args)
         return losses, report | more
 
     return objective
@@ -264,7 +271,7 @@ def main():
     if args.teacher == "frozen":
         teacher = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False)
         if args.compile:
-            teacher.compile_blocks()
+            teacher.compile_parts()
     if args.teacher == "ema":
         teacher = ema
     # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for

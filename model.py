@@ -12,6 +12,7 @@ Conventions, everywhere in this project (equation numbers: Discrete Flow Maps, a
     times are tensors of shape (B, 1), one a row, or (B, L), one a position
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from prepare_data import UserError
 
@@ -272,7 +274,7 @@ class Block(nn.Module):
     def split(self, x, cos, sin):
         """(B, L, 3 D) -> rotated queries, rotated keys, values: (B, heads, L, D / heads) each."""
         q, k, v = x.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()  # a view would keep all of x for the backward pass
 
     def forward(self, h, time, cos, sin, dh=None, dtime=None):
         """h (B, L, D) and time (B, 1 or L, time_width) -> h; with tangents dh and dtime, also h's, as (h, dh).
@@ -333,6 +335,8 @@ class DiT(nn.Module):
         angles = torch.arange(config.seq_len)[:, None] * 10000.0 ** (-torch.arange(half) / half)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("held_factor", None, persistent=False)
+        self.compiled = self.activation_checkpointing = False  # see compile_parts, and `through`
 
     def time(self, s, t):
         """The two times' embedding: (B, 1 or L) each -> (B, 1 or L, time_width)."""
@@ -345,9 +349,15 @@ class DiT(nn.Module):
         """
         h, time, L = y, self.time(s, t), y.shape[1]
         for block in self.blocks:
-            h = block(h, time, self.cos[:L], self.sin[:L])
+            h = self.through(block, h, time, self.cos[:L], self.sin[:L])
         shift, scale = self.final_modulation(time).chunk(2, -1)
         return modulate(norm(h)[0], shift, scale)
+
+    def through(self, block, *inputs):
+        """block(*inputs); with activation_checkpointing only `inputs` are kept for the backward pass, which computes the rest again."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def derivative(self, y, s, t, dy=None, ds=None, dt=None):
         """One dual pass: h_st with its ordinary graph, and its derivative along (dy, ds, dt), without one; None is zero.
@@ -360,7 +370,7 @@ class DiT(nn.Module):
             _, dtime = torch.func.jvp(self.time, (s, t), (zeros(s) if ds is None else ds, zeros(t) if dt is None else dt))
         h, dh = y, zeros(y) if dy is None else dy.to(y.dtype)
         for block in self.blocks:
-            h, dh = block(h, time, self.cos[:L], self.sin[:L], dh, dtime)
+            h, dh = self.through(block, h, time, self.cos[:L], self.sin[:L], dh, dtime)
         (n, r), (shift, scale) = norm(h), self.final_modulation(time).chunk(2, -1)
         with torch.no_grad():
             dshift, dscale = F.linear(dtime, self.final_modulation.weight).chunk(2, -1)
@@ -383,19 +393,31 @@ class DiT(nn.Module):
         V, D = self.config.vocab_size, self.config.width
         return V if V <= 2 * D else D
 
+    def noise_factor(self):
+        """C^T of shape (noise_size, D) with C C^T = W^T W, differentiably in W; the held one where there is one.
+
+        The jitter, 1e-6 of the mean eigenvalue, adds noise far below what float32 leaves in the factor.
+        """
+        W = self.embedding
+        if self.held_factor is not None or self.noise_size == len(W):
+            return W if self.held_factor is None else self.held_factor
+        with torch.autocast(W.device.type, enabled=False):
+            half = W.T @ W.detach()  # Cholesky's gradient is symmetric: twice that of one side is that of both, for half the work
+            gram = 2 * half - half.detach()
+            jitter = 1e-6 * gram.diagonal().mean().detach() * torch.eye(len(gram), dtype=W.dtype, device=W.device)
+            return torch.linalg.cholesky(gram + jitter).T
+
+    def hold_noise(self):
+        """Form the noise factor once, for as long as W does not change: W is frozen, or one step is under way."""
+        self.held_factor = self.noise_factor().detach()
+
     def embed_noise(self, xi):
         """y0 = x0 W for x0 ~ N(0, I) in R^V, from xi ~ N(0, I) of shape (B, L, noise_size); (B, L, D).
 
-        x0 W ~ N(0, W^T W) exactly, so y0 = xi C^T with C C^T = W^T W, differentiably in W. The jitter,
-        1e-6 of the mean eigenvalue, adds noise far below what float32 leaves in the factor.
+        x0 W ~ N(0, W^T W) exactly, which is the law of y0 = xi C^T.
         """
-        W = self.embedding
-        with torch.autocast(W.device.type, enabled=False):
-            if self.noise_size == len(W):
-                return xi @ W
-            gram = W.T @ W
-            jitter = 1e-6 * gram.diagonal().mean().detach() * torch.eye(len(gram), dtype=W.dtype, device=W.device)
-            return xi @ torch.linalg.cholesky(gram + jitter).T
+        with torch.autocast(xi.device.type, enabled=False):
+            return xi @ self.noise_factor()
 
     def interpolate(self, xi, tokens, t):
         """y_t = alpha_t x0 W + beta_t W[token] (37): tokens (B, L), t (B, 1) or (B, L) -> (B, L, D)."""
@@ -422,20 +444,21 @@ class DiT(nn.Module):
         rate = rate * slope
         return t, rate / rate.mean(-1, keepdim=True)
 
-    def compile_blocks(self):
-        """torch.compile every block: the same code for all of them, compiled once."""
+    def compile_parts(self):
+        """torch.compile every block, the same code for all of them, and what the losses do with a chunk of logits."""
+        self.compiled = True
         for block in self.blocks:
-            block.compile()
+            block.compile(dynamic=False)
 
     # --- the head, in chunks of rows ---
 
     def soft_embedding(self, h):
         """psi W for psi = softmax(h @ head.T): (B, L, D) -> (B, L, D), without a gradient."""
-        flat, parts, head, embedding = h.detach().flatten(0, -2), [], lowered(self.head), lowered(self.embedding)
+        flat, head, embedding = h.detach().flatten(0, -2), lowered(self.head), lowered(self.embedding)
+        psi = maybe_compiled(probabilities, self.compiled)
         with torch.no_grad():
-            for rows in chunks(len(flat), len(head)):
-                parts.append(wide(softmax(wide(flat[rows] @ head.T)).to(embedding.dtype) @ embedding))
-        return torch.cat(parts).view(h.shape)
+            out = [wide(psi(flat[rows] @ head.T) @ embedding) for rows in chunks(len(flat), len(head))]
+        return torch.cat(out).view(h.shape)
 
     def argmax(self, h):
         """The most probable token of psi = softmax(h @ head.T): (B, L, D) -> (B, L), int64."""
@@ -455,6 +478,17 @@ def softmax(z):
     return z.softmax(-1)
 
 
+def probabilities(z):
+    """psi from a chunk of logits, computed in at least float32, in the dtype of z."""
+    return softmax(wide(z)).to(z.dtype)
+
+
+@functools.cache
+def maybe_compiled(function, yes):
+    """`function`, compiled for each shape that it meets where `yes`; cached, so compiled once."""
+    return torch.compile(function, dynamic=False) if yes else function
+
+
 # ------------------------------------------------------------------------------------------------
 # Losses over a vocabulary, without logits of shape (B, L, V).
 
@@ -470,10 +504,23 @@ def lowered(x):
     return x.detach().to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x.detach()
 
 
-def chunks(rows, vocab_size, elements=1 << 25):
-    """Slices of `rows`, each of at most `elements` logits (128 MB in float32), at least one row."""
-    step = max(1, elements // vocab_size)
+def chunks(rows, vocab_size):
+    """Slices of `rows`, a power of two long: an eighth of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
+    elements = min(max(rows * vocab_size // 8, 1 << 22), 1 << 25)
+    step = 1 << max(0, (elements // vocab_size).bit_length() - 1)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+class Divergence(NamedTuple):
+    """A loss of every row of logits: function(z, *(the same rows of each tensor in by_row), *shared).
+
+    Given z (n, V) it returns ({"loss": (n,), "distance": (n,), ...}, g): the distance |q - p| between
+    target and prediction, and g (n, V), the gradient of the loss on z.
+    """
+
+    function: Callable
+    by_row: tuple = ()
+    shared: tuple = ()
 
 
 class HeadLoss(torch.autograd.Function):
@@ -484,23 +531,23 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, head, scale, divergence, c, r):
+    def forward(ctx, h, head, scale, divergence, c, r, compiled):
         grad_h = torch.empty_like(h) if h.requires_grad else None
         grad_head = torch.zeros_like(head) if head.requires_grad else None
         low_h, low_head = lowered(h), lowered(head)
-        total, reports = scale.new_zeros(()), []
+        function, by_row, shared = divergence
+        function, total, reports = maybe_compiled(weighted(function, c, r), compiled), scale.new_zeros(()), []
         for rows in chunks(len(h), len(head)):
-            z = wide(low_h[rows] @ low_head.T)
-            report, g = divergence(z, rows)  # {"loss": (n,), ...}, (n, V)
-            adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
-            weight = scale[rows] * adaptive
-            total += (weight * report["loss"]).sum()
-            reports.append(report | {"weighted": adaptive * report["loss"]})
+            loss, report, g = function(low_h[rows] @ low_head.T, scale[rows], *(x[rows] for x in by_row), *shared)
+            total += loss
+            reports.append(report)
             if grad_h is not None:
-                g = (weight[:, None] * g).to(low_h.dtype)
                 grad_h[rows] = g @ low_head
                 if grad_head is not None:
-                    grad_head += g.T @ low_h[rows]
+                    if g.dtype == grad_head.dtype:
+                        grad_head.addmm_(g.T, low_h[rows])
+                    else:
+                        grad_head += g.T @ low_h[rows]
         ctx.save_for_backward(grad_h, grad_head)
         reports = {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
         ctx.mark_non_differentiable(*reports.values())
@@ -509,72 +556,84 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         grad_h, grad_head = ctx.saved_tensors
-        return grad * grad_h, None if grad_head is None else grad * grad_head, None, None, None, None
+        return grad * grad_h, None if grad_head is None else grad * grad_head, None, None, None, None, None
 
 
-def head_loss(h, head, scale, divergence, c, r):
+@functools.cache
+def weighted(function, c, r):
+    """All that HeadLoss does with a chunk between its matrix products: (z, scale, ...) -> (sum of losses, report, g in z's dtype)."""
+
+    def chunk(z, scale, *inputs):
+        report, g = function(wide(z), *inputs)
+        adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
+        weight = scale * adaptive
+        report["weighted"] = adaptive * report["loss"]
+        return (weight * report["loss"]).sum(), report, (weight[:, None] * g).to(z.dtype)
+
+    return chunk
+
+
+def head_loss(h, head, scale, divergence, c, r, compiled=False):
     """The sum of scale_i w_i loss_i, and a report per row, from hidden vectors h (N, D) and a head (V, D).
 
-    scale: (N,), constants. divergence(z, rows) takes logits z (n, V) of the rows `rows` (a slice) and
-    returns ({"loss": (n,), "distance": (n,), ...}, g): the distance |q - p| between target and
-    prediction, and g (n, V) the gradient of the loss on z. w_i is the adaptive weight (45),
+    scale: (N,), constants. divergence: a `Divergence`. w_i is the adaptive weight (45),
     (distance_i^2 + c)^-r, detached. Returns a scalar, differentiable in h and head, and
     {name: (N,)}: "loss", unweighted, "weighted" (w_i loss_i), and whatever else the divergence reports.
     """
-    total, names, *reports = HeadLoss.apply(h, head, scale, divergence, c, r)
+    total, names, *reports = HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
     return total, dict(zip(names, reports, strict=True))
 
 
-def cross_entropy(tokens):
-    """The diagonal's divergence: -log psi(token) (22), for tokens (N,)."""
-
-    def divergence(z, rows):
-        log_p, target = z.log_softmax(-1), tokens[rows, None]
-        loss = -log_p.gather(-1, target).squeeze(-1)
-        g = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(loss)[:, None])
-        return {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1)}, g
-
-    return divergence
+def cross_entropy(z, tokens):
+    """The diagonal's divergence: -log psi(token) (22), for tokens (n,)."""
+    log_p, target = z.log_softmax(-1), tokens[:, None]
+    loss = -log_p.gather(-1, target).squeeze(-1)
+    g = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(loss)[:, None])
+    return {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1)}, g
 
 
+# The others are made from a function of the student's logits, teacher(z, *inputs). They are cached, for
+# torch.compile to see one function, not a new one each step.
+
+
+@functools.cache
 def kl(teacher):
-    """KL(q || psi) (27, 31, 35) for a teacher(z, rows) -> (log q of shape (n, V), {name: (n,)}), z the student's logits."""
+    """KL(q || psi) (27, 31, 35), for a teacher that returns (q of shape (n, V), {name: (n,)})."""
 
-    def divergence(z, rows):
-        log_q, report = teacher(z, rows)
-        log_p, q = z.log_softmax(-1), log_q.exp()
-        report["teacher_entropy"] = -torch.linalg.vecdot(q, log_q)
-        report["loss"] = -report["teacher_entropy"] - torch.linalg.vecdot(q, log_p)
+    def divergence(z, *inputs):
+        q, report = teacher(z, *inputs)
+        log_p, entropy = z.log_softmax(-1), torch.special.entr(q).sum(-1)
+        loss = -entropy - torch.linalg.vecdot(q, log_p)
         g = log_p.exp_().sub_(q)
-        return report | {"distance": torch.linalg.vector_norm(g, dim=-1)}, g
+        return report | {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1), "teacher_entropy": entropy}, g
 
     return divergence
 
 
+@functools.cache
 def reverse_kl(teacher):
     """KL(psi || q), the same with its two sides exchanged; the gradient on the logits is psi (log psi - log q - KL)."""
 
-    def divergence(z, rows):
-        log_q, report = teacher(z, rows)
-        log_p, q = z.log_softmax(-1), log_q.exp()
-        p, ratio = log_p.exp(), log_p - log_q
-        report["teacher_entropy"] = -torch.linalg.vecdot(q, log_q)
-        report["loss"] = torch.linalg.vecdot(p, ratio)
-        report["distance"] = torch.linalg.vector_norm(p - q, dim=-1)
-        return report, p * (ratio - report["loss"][:, None])
+    def divergence(z, *inputs):
+        q, report = teacher(z, *inputs)
+        log_p = z.log_softmax(-1)
+        p, ratio = log_p.exp(), log_p - q.clamp(min=torch.finfo(q.dtype).tiny).log()
+        loss, distance = torch.linalg.vecdot(p, ratio), torch.linalg.vector_norm(p - q, dim=-1)
+        return report | {"loss": loss, "distance": distance, "teacher_entropy": torch.special.entr(q).sum(-1)}, p * (ratio - loss[:, None])
 
     return divergence
 
 
+@functools.cache
 def signed(residual):
-    """A target that need not be a distribution, from residual(z, rows) -> (p - q of shape (n, V), {name: (n,)}).
+    """A target that need not be a distribution, from residual(z, *inputs) -> (p - q of shape (n, V), {name: (n,)}).
 
     The gradient on the logits is p - q, as for the KL. A q with negative entries has no KL: the loss
     that is reported, and that a learned weight sees, is |p - q|^2 / 2.
     """
 
-    def divergence(z, rows):
-        g, report = residual(z, rows)
+    def divergence(z, *inputs):
+        g, report = residual(z, *inputs)
         distance = torch.linalg.vector_norm(g, dim=-1)
         return report | {"loss": distance.square() / 2, "distance": distance}, g
 

@@ -54,6 +54,7 @@ def load_sampler(path, args):
     model, checkpoint = load_model(path, args.device)
     if args.position_lag is not None:
         model.position_lag = args.position_lag
+    model.hold_noise()
     return model, checkpoint
 
 

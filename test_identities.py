@@ -22,6 +22,7 @@ from model import (
     INTERPOLANTS,
     LAST,
     DiT,
+    Divergence,
     Draw,
     ModelConfig,
     argmax_accuracy,
@@ -31,6 +32,7 @@ from model import (
     head_loss,
     kl,
     lagged,
+    maybe_compiled,
     reverse_kl,
     schedule_table,
 )
@@ -233,11 +235,16 @@ def test_identities(path, lag):
     assert (difference(along) - kappa[..., None] * (psi - oracle.denoiser(x, s))).abs().max() < 1e-8
 
 
+def on_rows(divergence, z):
+    """What a Divergence gives for the logits z of all rows."""
+    return divergence.function(z, *divergence.by_row, *divergence.shared)
+
+
 def taught(oracle, loss, form, x, jump):
     """(student's psi_st, target q) of a teacher of distill.py on the oracle, (rows, V) each; q from the gradient p - q."""
     h, divergence = distill.TEACHERS[loss](oracle, oracle, x, jump, SimpleNamespace(target=form, reverse_kl=False))
     psi = h.flatten(0, 1).exp()
-    _, g = divergence(h.flatten(0, 1), slice(None))
+    _, g = on_rows(divergence, h.flatten(0, 1))
     return psi, psi - g
 
 
@@ -329,7 +336,8 @@ def test_head_loss(kind, monkeypatch):
     h, head, scale = torch.randn(10, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
     tokens = torch.randint(7, (10,))
     q = torch.nn.functional.one_hot(tokens, 7).double() if kind == "cross_entropy" else torch.randn(10, 7, dtype=torch.float64).softmax(-1)
-    divergence = cross_entropy(tokens) if kind == "cross_entropy" else {"kl": kl, "reverse_kl": reverse_kl}[kind](lambda z, rows: (q[rows].log(), {}))
+    teacher = {"kl": kl, "reverse_kl": reverse_kl}.get(kind, lambda _: cross_entropy)(lambda z, q: (q, {}))
+    divergence = Divergence(teacher, (tokens if kind == "cross_entropy" else q,))
     results = []
     for loss in (
         lambda a, b: head_loss(a, b, scale, divergence, 0.01, 0.5)[0],
@@ -368,7 +376,7 @@ def test_teacher_is_a_constant(loss, form):
     h, divergence = distill.TEACHERS[loss](model, model, y, jump, SimpleNamespace(target=form, reverse_kl=False))
     h = h.flatten(0, 1)
     z = (h @ model.head.T).detach()
-    q = z.softmax(-1) - divergence(z, slice(None))[1]
+    q = z.softmax(-1) - on_rows(divergence, z)[1]
     ours = head_loss(h, model.head, torch.ones(10, dtype=torch.float64), divergence, 1e-6, 0.0)[0]
     plain = -(q * (h @ model.head.T).log_softmax(-1)).sum()
     params = list(model.parameters())
@@ -449,9 +457,10 @@ def test_surgery_comes_after_the_average(monkeypatch):
     monkeypatch.setattr(train_diagonal, "average", lambda tensors: calls.append("average") or average(tensors))
     monkeypatch.setattr(train_diagonal, "project", lambda a, b: calls.append("project") or project(a, b))
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    model = SimpleNamespace(held_factor=None, noise_factor=lambda: torch.ones(1))
     # two micro-batches: each alone has conflicting gradients, (1, 0) and (-1, 1), their means have not
     batches = [(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 0.0])), (torch.tensor([0.0, 2.0]), torch.tensor([2.0, 0.0]))]
-    grads, scalars = train_diagonal.gradients([w], lambda model, a, b: ({"first": (w * a).sum(), "second": (w * b).sum()}, {}), None, batches, True)
+    grads, scalars = train_diagonal.gradients([w], lambda model, a, b: ({"first": (w * a).sum(), "second": (w * b).sum()}, {}), model, batches, True)
     assert scalars["conflict"] == 0
     assert torch.equal(grads[0], torch.tensor([1.0, 1.0]))
     assert calls == ["average", "average", "project"]
@@ -640,6 +649,79 @@ def test_embedded_noise():
     assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [40, 10])
+def test_noise_factor_is_shared(vocab, monkeypatch):
+    """A step forms one factor for all micro-batches, and its gradients are those of a factor formed by each."""
+    model, calls = small_model(vocab=vocab), []
+    params, cholesky = list(model.parameters()), torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda A: calls.append(1) or cholesky(A))
+    tokens = torch.randint(vocab, (6, 5))
+    batches = [(tokens[i : i + 2], np.arange(i, i + 2)) for i in (0, 2, 4)]
+
+    def objective(model, tokens, rows):
+        xi = Draw(0, 0, rows, "cpu").normal(5, model.noise_size).double()
+        t = torch.full((2, 1), 0.3, dtype=torch.float64)
+        y, again = (model.interpolate(xi, tokens, t) for _ in range(2))
+        return {"first": y.sin().mean(), "second": (again * model(again, t, t)).mean()}, {}
+
+    plain = torch.autograd.grad(sum(sum(objective(model, *b)[0].values()) for b in batches) / 3, params, allow_unused=True, materialize_grads=True)
+    calls.clear()
+    for surgery in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_diagonal, "project", lambda a, b: torch.zeros(()))
+            grads, _ = train_diagonal.gradients(params, objective, model, batches, surgery)
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads, plain, strict=True))
+        assert model.held_factor is None
+    assert len(calls) == (2 if vocab == 40 else 0)
+    model.embedding.requires_grad_(False)
+    model.hold_noise()
+    train_diagonal.gradients([p for p in params if p.requires_grad], objective, model, batches, False)
+    assert len(calls) == (3 if vocab == 40 else 0)
+    assert model.held_factor is not None
+
+
+@pytest.mark.parametrize("loss", ["diagonal", *sorted(distill.TEACHERS)])
+def test_activation_checkpointing(loss):
+    """The same gradients, bit for bit, with less kept between the passes."""
+    model, tokens, kept = small_model(vocab=V).float(), torch.randint(V, (4, 5)), []
+    results = []
+    for model.activation_checkpointing in (False, True):
+        draw, size = Draw(0, 0, np.arange(4), "cpu"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: size.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            if loss == "diagonal":
+                total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
+            else:
+                total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]
+        kept.append(sum(size))
+        results.append(torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_compiled_steps_do_not_recompile(monkeypatch):
+    """Every loss compiled gives the plain one's gradients, and new values of tokens, times, noise and weights compile nothing."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    maybe_compiled.cache_clear()
+    for loss in ("diagonal", *sorted(distill.TEACHERS)):
+        model = small_model(vocab=V).float()
+        results = []
+        for turn in range(4):
+            with torch.no_grad():
+                model.final_modulation.bias.copy_(torch.linspace(0, 0.1 * (turn % 3), 32))
+            tokens, draw = torch.randint(V, (4, 5), generator=torch.Generator().manual_seed(turn % 3)), Draw(0, turn % 3, np.arange(4), "cpu")
+            with torch.compiler.set_stance("fail_on_recompile" if turn > 1 else "default"):
+                if loss == "diagonal":
+                    total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
+                else:
+                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]
+                grads = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True)
+            if turn in (0, 3):
+                results.append(grads)
+            model.compile_parts()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
+    maybe_compiled.cache_clear()
+
+
 def test_small_vocabulary_noise():
     """With V <= 2 D the V-vector itself is drawn, and W^T W need not have full rank."""
     model = small_model(vocab=10)
@@ -676,13 +758,13 @@ def test_attention_tangent(monkeypatch):
     assert torch.allclose(attention(q, k, v), (q @ k.mT / 2).softmax(-1) @ v, atol=1e-12)
 
 
-def test_dual_pass_with_compiled_blocks():
+def test_dual_pass_with_compiled_blocks(monkeypatch):
     """The dual pass runs through compiled blocks as through plain ones."""
     model = small_model()
     y, s = torch.randn(2, 5, 16, dtype=torch.float64), torch.full((2, 1), 0.3, dtype=torch.float64)
     want = model.derivative(y, s, 2 * s, y, torch.ones_like(s), torch.zeros_like(s))
-    for block in model.blocks:
-        block.compile(backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model.compile_parts()
     got = model.derivative(y, s, 2 * s, y, torch.ones_like(s), torch.zeros_like(s))
     assert all(torch.allclose(a, b) for a, b in zip(want, got, strict=True))
     assert torch.allclose(model(y, s, 2 * s), want[0])

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from argparse import BooleanOptionalAction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from model import (
     INTERPOLANTS,
     SCHEDULES,
     SIZES,
+    Divergence,
     Draw,
     ModelConfig,
     build_model,
@@ -65,18 +67,18 @@ def diagonal(model, tokens, draw, power=0.5):
     """
     B, L = tokens.shape
     tau = draw.uniform(1)
-    t = model.times(tau).float().to(tokens.device)  # (B, 1 or L), by the noise schedule
+    t = model.times(tau).float().to(tokens.device, non_blocking=True)  # (B, 1 or L), by the noise schedule
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
-    loss, report = head_loss(h, model.head, scale, cross_entropy(tokens.flatten()), c=0.01, r=power)
+    loss, report = head_loss(h, model.head, scale, Divergence(cross_entropy, (tokens.flatten(),)), c=0.01, r=power, compiled=model.compiled)
     return {"diagonal": loss}, {"diagonal_ce": report["loss"].mean()} | quarters("diagonal_ce", report["loss"], tau)
 
 
 def quarters(name, values, tau):
     """{name_q1: (sum, count), ... name_q4}: `values` (B L,) over the rows with progress tau (B, 1) in each quarter of [0, 1]."""
     rows = values.view(len(tau), -1).mean(-1, keepdim=True)
-    inside = ((4 * tau).long().clamp(max=3) == torch.arange(4)).to(rows.device)  # (B, 4)
+    inside = ((4 * tau).long().clamp(max=3) == torch.arange(4)).to(rows.device, non_blocking=True)  # (B, 4)
     sums = torch.where(inside, rows, 0).sum(0)  # not a product: a row that is not finite stays in its quarter
     return {f"{name}_q{k + 1}": torch.stack([sums[k], inside[:, k].sum()]) for k in range(4)}
 
@@ -112,24 +114,34 @@ class TokenRows:
 def gradients(params, objective, model, batches, surgery):
     """Gradients of one step: (list like params, {name: mean scalar}); every rank returns the same.
 
-    batches: an iterable of (tokens, draw), the micro-batches of this rank. The losses' means over
+    batches: a list of (tokens, draw), the micro-batches of this rank. The losses' means over
     micro-batches and over ranks are added up; under `surgery` (PSD) each loss's gradient is averaged
     first, then loses its component along an earlier one's where the two conflict.
     """
-    batches, sums, scalars = list(batches), {}, {}
+    sums, scalars, held = {}, {}, model.held_factor
+    factor = model.noise_factor()  # once a step: the micro-batches share it, and hand their gradients back through it together
+    model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
+    leaves = [*params, model.held_factor]
+
+    def add(name, root, gradient=None):
+        """Add the gradient of `root` to that of the loss `name`."""
+        for p, grad in zip(leaves, sums.get(name, [None] * len(leaves)), strict=True):
+            p.grad = grad
+        root.backward(gradient, retain_graph=root is factor)
+        sums[name] = [p.grad for p in leaves]
+
     for tokens, draw in batches:
         losses, report = objective(model, tokens, draw)
         report |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
         for name, loss in losses.items() if surgery else [("total", sum(losses.values()))]:
-            held = sums.setdefault(name, [None] * len(params))
-            for p, grad in zip(params, held, strict=True):
-                p.grad = grad
-            (loss / len(batches)).backward()
-            sums[name] = [p.grad for p in params]
+            add(name, loss / len(batches))
         for name, value in report.items():
             scalars[name] = scalars.get(name, 0) + value / len(batches)
-    for name, grads in sums.items():
-        sums[name] = average([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
+    for name in sums:
+        if sums[name][-1] is not None:
+            add(name, factor, sums[name][-1])
+        sums[name] = average([torch.zeros_like(p) if g is None else g for p, g in zip(params, sums[name][:-1], strict=True)])
+    model.held_factor = held
     if surgery:
         scalars["conflict"] = project(*sums.values())
     parts = list(sums.values())
@@ -194,38 +206,44 @@ def train(args, ranks, model, ema, objective, meta, passes):
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         write_config(args)
+    model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        model.compile_blocks()
-        ema.compile_blocks()
+        model.compile_parts()
+        ema.compile_parts()
+    if not model.embedding.requires_grad:
+        model.hold_noise()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    def batches(split, seed, step):
-        """This rank's micro-batches of a step: contiguous runs of the global batch."""
-        size = args.batch_size // world
-        for first in range(rank * size, (rank + 1) * size, args.micro_batch):
-            rows = np.arange(first, first + args.micro_batch)
-            tokens = data[split].take(seed, step * args.batch_size + rows)
-            if device.type == "cuda":
-                tokens = tokens.pin_memory()
-            tokens = tokens.to(device, non_blocking=True)
-            yield tokens, Draw(seed, step, rows, device)
+    share = np.arange(args.batch_size).reshape(world, -1, args.micro_batch)[rank]  # this rank's rows of the global batch
+
+    def load(split, seed, step):
+        """This rank's tokens of a step, a tensor (micro-batch, L) each."""
+        parts = [data[split].take(seed, step * args.batch_size + rows) for rows in share]
+        return [tokens.pin_memory() for tokens in parts] if device.type == "cuda" else parts
+
+    def batches(parts, seed, step):
+        """The micro-batches of a step, on the device."""
+        return [(tokens.to(device, non_blocking=True), Draw(seed, step, rows, device)) for tokens, rows in zip(parts, share, strict=True)]
 
     def validate():
         """The objective's scalars on validation rows, under the averaged weights and fixed noise."""
         scores = Means(device)
         with torch.no_grad(), autocast:
             for step in range(args.val_batches):
-                for tokens, draw in batches("val", 0, step):
+                for tokens, draw in batches(load("val", 0, step), 0, step):
                     scores.add(step, objective(ema, tokens, draw)[1])
         return {f"val_{name}": value for name, value in scores.read().items()}
 
     flops = passes * flops_per_row(model, meta["seq_len"])
     log = Log(args, start, meta["seq_len"], flops, ranks)
+    reader = ThreadPoolExecutor(1)  # reads the next step's rows while this one runs
+    ahead = reader.submit(load, "train", args.seed, start)
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown))
+        micro, ahead = batches(ahead.result(), args.seed, step), reader.submit(load, "train", args.seed, step + 1)
         with autocast:
-            grads, scalars = gradients(params, objective, model, batches("train", args.seed, step), args.surgery)
+            grads, scalars = gradients(params, objective, model, micro, args.surgery)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip)
@@ -242,6 +260,7 @@ def train(args, ranks, model, ema, objective, meta, passes):
             if rank == 0:
                 save(path, model, ema, optimizer, done, meta, args)
     log.close()
+    reader.shutdown()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -293,15 +312,19 @@ class Log:
         rank, self.world, self.device = ranks
         self.file = open(args.out / "log.jsonl", "a" if args.resume else "w") if rank == 0 else None  # noqa: SIM115 (closed in close)
         self.bar = tqdm(initial=start, total=args.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
-        self.means, self.clock = Means(self.device), time.perf_counter()
+        self.means, self.clock, self.steps, self.first = Means(self.device), time.perf_counter(), 0, None
 
     def step(self, done, scalars, lr, extra, last):
         self.bar.update()
         self.means.add(done, scalars)
+        self.steps += 1
+        if self.first is None:  # torch.compile is in it: told apart, so that it spoils no speed
+            self.first = {"first_step_seconds": time.perf_counter() - self.clock}
+            self.clock, self.steps = time.perf_counter(), 0
         if not (extra or last or done % self.args.log_every == 0):
             return
-        line = {"step": done} | self.means.read() | {"lr": lr} | self.speed() | extra
-        self.means, self.clock = Means(self.device), time.perf_counter()
+        line = {"step": done} | self.means.read() | {"lr": lr} | self.speed() | self.first | extra
+        self.means, self.clock, self.steps, self.first = Means(self.device), time.perf_counter(), 0, {}
         if self.file:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -310,7 +333,7 @@ class Log:
             tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
     def speed(self):
-        seconds = (time.perf_counter() - self.clock) / self.means.count
+        seconds = (time.perf_counter() - self.clock) / self.steps if self.steps else self.first["first_step_seconds"]
         rows = self.args.batch_size / seconds
         peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
         cuda = self.device.type == "cuda"
@@ -446,7 +469,9 @@ def training_flags(parser, steps):
     group.add_argument("--save-every", type=number(int, 1), default=5000, help="steps between checkpoints")
     group = parser.add_argument_group("machine")
     machine_flags(group)
-    group.add_argument("--compile", action=BooleanOptionalAction, default=None, help="torch.compile the blocks (default: on cuda)")
+    group.add_argument("--compile", action=BooleanOptionalAction, default=None, help="torch.compile (default: on cuda)")
+    group.add_argument("--activation-checkpointing", action="store_true",
+                       help="keep the input of each block alone and compute the rest again in the backward pass: less memory, more time")  # fmt: skip
 
 
 def parse_training_args(parser, argv=None):

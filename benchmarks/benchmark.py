@@ -14,6 +14,7 @@ weights, gradients and optimizer state, which every variant shares.
     psd ...     every row of the step a consistency row, its teacher included
 """
 
+import ctypes
 import functools
 import gc
 import json
@@ -21,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+import weakref
 from argparse import BooleanOptionalAction
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +31,16 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distill
-from model import SIZES, DiT, Draw, ModelConfig, cross_entropy, head_loss, machine_flags, resolve_machine
+from model import SIZES, DiT, Divergence, Draw, ModelConfig, cross_entropy, head_loss, machine_flags, resolve_machine, schedule_table
 from prepare_data import Parser, run
 from sample import generate
 from train_diagonal import PEAK_FLOPS, diagonal, flops_per_row, gradients
@@ -60,8 +66,8 @@ def next_token(model, tokens, draw):
     with mock.patch("model.attention", causal):
         t = torch.ones(len(tokens), 1, device=tokens.device)
         h = model(model.embedding[tokens], t, t)[:, :-1].flatten(0, 1)
-    scale = torch.full((len(h),), 1 / len(h), device=h.device)
-    return {"next": head_loss(h, model.head, scale, cross_entropy(tokens[:, 1:].flatten()), c=0.01, r=0.0)[0]}, {}
+    scale, targets = torch.full((len(h),), 1 / len(h), device=h.device), Divergence(cross_entropy, (tokens[:, 1:].flatten(),))
+    return {"next": head_loss(h, model.head, scale, targets, c=0.01, r=0.0, compiled=model.compiled)[0]}, {}
 
 
 def consistency(loss, teacher, model, tokens, draw):
@@ -70,6 +76,10 @@ def consistency(loss, teacher, model, tokens, draw):
         loss=loss, target="logit", reverse_kl=False, boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
     )
     return {"consistency": distill.consistency(model, teacher or model, tokens, draw, args)[0]}, {}
+
+
+OBJECTIVES = {"diagonal": diagonal, "V-sized": v_sized, "next token": next_token}
+STEPS = [*OBJECTIVES, *distill.TEACHERS]
 
 
 @torch.no_grad()
@@ -110,6 +120,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         else:
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what glibc keeps of freed memory would hide in `before`
             before = self.resident("VmRSS")
             if before:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -122,34 +133,93 @@ class Meter:
         return seconds, peak - before
 
 
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors alive while it is on, and their peak: exact, whatever the allocator, and right for fake tensors too."""
+
+    def __init__(self, *start):
+        super().__init__()
+        self.seen, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+        self.add(start)
+        self.start = self.now
+
+    def add(self, tensors):
+        for tensor in tree_leaves(tensors):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.seen:
+                self.seen[storage], size = None, storage.nbytes()
+                self.now += size
+                weakref.finalize(storage, self.free, size)
+        self.peak = max(self.peak, self.now)
+
+    def free(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.add(out)
+        return out
+
+
+def counted(args, vocab_size, rows, seq_len, call, teacher=False):
+    """(bytes of the state, peak bytes beyond it) of call(bench), on fake tensors: no memory and no time at any size."""
+    config = ModelConfig(vocab_size, seq_len, **SIZES[args.size])
+    table = schedule_table(config.schedule, vocab_size, config.schedule_blend)
+    with mock.patch("model.schedule_table", lambda *_: table), FakeTensorMode(allow_non_fake_inputs=True):
+        bench = Bench(SimpleNamespace(**vars(args) | {"device": "cpu", "compile": False}), vocab_size, rows, seq_len, teacher)
+        with LiveBytes(bench.state()) as live:
+            call(bench)
+    return live.start, live.peak - live.start
+
+
 class Bench:
     """One network with its optimizer, and a step on random tokens by any objective."""
 
-    def __init__(self, args, vocab_size, rows, seq_len):
+    def __init__(self, args, vocab_size, rows, seq_len, teacher=False):
         torch.manual_seed(0)
         self.device, self.args, self.rows = torch.device(args.device), args, rows
-        self.model = DiT(ModelConfig(vocab_size, seq_len, **SIZES[args.size])).to(self.device)
+        self.model = DiT(ModelConfig(vocab_size, seq_len, **SIZES[args.size]))
+        self.teacher = DiT(self.model.config).requires_grad_(False) if teacher else None
+        if self.device.type != "cpu":
+            self.model.to(self.device)
+            self.teacher = self.teacher and self.teacher.to(self.device)
         if args.compile:
-            self.model.compile_blocks()
-        self.params = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.params, lr=1e-4, fused=True)
-        for p in self.params:
+            for network in filter(None, (self.model, self.teacher)):
+                network.compile_parts()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
+        for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
         self.optimizer.step()  # its state, before anything is measured
         self.tokens = torch.randint(vocab_size, (rows, seq_len), device=self.device)
-        self.meter, self.count = Meter(self.device), 0
+        self.meter, self.count, self.factor = Meter(self.device), 0, self.model.noise_factor().detach()
 
-    def step(self, objective):
+    def state(self):
+        """The tensors that outlive a step: weights, gradients, optimizer state, and a frozen teacher's weights."""
+        networks = [p for network in filter(None, (self.model, self.teacher)) for p in (*network.parameters(), *network.buffers())]
+        moments = [list(state.values()) for state in self.optimizer.state.values()]
+        return networks, [p.grad for p in self.model.parameters()], moments, self.tokens, self.factor
+
+    def step(self, objective, stage2=False):
+        """One optimizer step; in stage 2 W is frozen, and the noise factor that of the run."""
         self.count += 1
+        self.model.embedding.requires_grad_(not stage2)
+        self.model.held_factor = self.factor if stage2 else None
+        params = [p for p in self.model.parameters() if p.requires_grad]
         draw = Draw(0, self.count, np.arange(self.rows), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
-            grads, _ = gradients(self.params, objective, self.model, [(self.tokens, draw)], False)
-        for p, grad in zip(self.params, grads, strict=True):
+            grads, _ = gradients(params, objective, self.model, [(self.tokens, draw)], False)
+        for p, grad in zip(params, grads, strict=True):
             p.grad = grad
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         self.optimizer.step()
 
+    def call(self, name):
+        """The step of that name."""
+        stage2 = name in distill.TEACHERS
+        objective = functools.partial(consistency, name, self.teacher) if stage2 else OBJECTIVES[name]
+        return functools.partial(self.step, objective, stage2)
+
     def sample(self, function, nfe, rows):
+        self.model.held_factor = self.factor
         xi = torch.randn(rows, self.tokens.shape[1], self.model.noise_size, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
             function(self.model, xi, nfe)
@@ -170,82 +240,110 @@ class Bench:
 # The parts.
 
 
+def floors(model, tokens, seq_len):
+    """{step: FLOPs that it cannot do without}. F is one forward pass; a backward pass is 2 F."""
+    V, D, config = model.config.vocab_size, model.config.width, model.config
+    F, head, attention = tokens / seq_len * flops_per_row(model, seq_len), 2 * tokens * V * D, 4 * tokens * config.layers * seq_len * D
+    noise = 4 * V * D**2 if model.noise_size < V else 4 * tokens * V * D  # W^T W, and its gradient
+    derivative = 5 * F + head + 1.5 * attention  # a teacher, a tangent, psi W; 5 products of size L^2 in attention's tangent, not 2
+    return {"diagonal": 3 * F + noise, "V-sized": 3 * F + 2 * head, "next token": 3 * (F - attention / 2),
+            "psd": 5 * F + head, "lsd": derivative, "esd": derivative}  # fmt: skip
+
+
 def steps(args):
     """Training steps, ratios and floors."""
-    bench = Bench(args, args.vocab_size, args.rows, args.seq_len)
-    teacher = DiT(bench.model.config).to(bench.device).requires_grad_(False)
-    objectives = {
-        "diagonal": diagonal,
-        "V-sized": v_sized,
-        "next token": next_token,
-        "psd": functools.partial(consistency, "psd", None),
-        "lsd": functools.partial(consistency, "lsd", teacher),
-        "esd": functools.partial(consistency, "esd", teacher),
-    }
-    objectives = {name: f for name, f in objectives.items() if not args.only or name in args.only}
-    results = bench.interleaved({name: functools.partial(bench.step, f) for name, f in objectives.items()}, args.repeats)
-    base = results.get("diagonal", next(iter(results.values())))
-    forward = args.rows * flops_per_row(bench.model, args.seq_len)
-    D, tokens = bench.model.config.width, args.rows * args.seq_len
-    gram = 6 * args.vocab_size * D**2 if bench.model.noise_size < args.vocab_size else 6 * tokens * args.vocab_size * D
-    # forward, twice that backward, and what each adds: noise; the V-sized product and its gradient on W; teachers and a tangent
-    floors = {"diagonal": 3 * forward + gram, "V-sized": 3 * forward + 4 * tokens * args.vocab_size * D, "next token": 3 * forward,
-              "psd": 5 * forward + gram, "lsd": 5 * forward + gram, "esd": 5 * forward + gram}  # fmt: skip
-    weights = sum(p.numel() * p.element_size() for p in bench.params)
-    print(f"\n{tokens} tokens a step, {sum(p.numel() for p in bench.params) / 1e6:.0f}M parameters")
-    print(f"{'step':>12} {'seconds':>9} {'/ diagonal':>10} {'TFLOP floor':>11} {'TFLOP/s':>8} {'peak GB':>8} {'/ diagonal':>10}")
+    bench, names = Bench(args, args.vocab_size, args.rows, args.seq_len, teacher=True), args.only or STEPS
+    tokens, (V, D) = args.rows * args.seq_len, bench.model.head.shape
+    a, b = torch.randn(tokens, D, device=bench.device), bench.model.head.detach().T.contiguous()
+    a, b = (x.to(getattr(torch, args.dtype)) for x in (a, b))
+    calls = {name: bench.call(name) for name in names} | {"matmul": lambda: a @ b, "copy": lambda: bench.model.head.detach().clone()}
+    results = bench.interleaved(calls, args.repeats)
+    matmul, copy = 2 * tokens * V * D / results.pop("matmul")["seconds"], 8 * V * D / results.pop("copy")["seconds"]
+    base, weights = results.get("diagonal", next(iter(results.values()))), 4 * sum(p.numel() for p in bench.model.parameters())
     for name, r in results.items():
-        r |= {"flop_floor": floors[name], "byte_floor": 7 * weights}  # weights read twice, gradient and Adam's state read and written
-        more = r["peak_bytes"] / max(1, base["peak_bytes"])
-        print(f"{name:>12} {r['seconds']:9.3f} {r['seconds'] / base['seconds']:10.2f} {floors[name] / 1e12:11.2f} "
-              f"{floors[name] / 1e12 / r['seconds']:8.3f} {r['peak_bytes'] / 1e9:8.2f} {more:10.2f}")  # fmt: skip
+        r["counted_bytes"] = counted(args, args.vocab_size, args.rows, args.seq_len, lambda b, name=name: b.call(name)(), True)[1]
+        # weights read twice, gradient and Adam's state read and written; activations written and read
+        r |= {"flop_floor": floors(bench.model, tokens, args.seq_len)[name], "byte_floor": 10 * weights + 2 * r["counted_bytes"]}
+        r["floor_seconds"] = max(r["flop_floor"] / matmul, r["byte_floor"] / copy)
+    print(f"\n{tokens} tokens a step, {weights / 4e6:.0f}M parameters")
+    print(f"this machine: matrix products {matmul / 1e12:.3f} TFLOP/s, copies {copy / 1e9:.1f} GB/s")
+    heads = ("/ diagonal", "TFLOP floor", "GB floor", "floor/time", "peak GB", "/ diagonal", "counted")
+    print(f"{'step':>12} {'seconds':>9}", *(f"{head:>11}" for head in heads))
+    for name, r in results.items():
+        numbers = (r["seconds"] / base["seconds"], r["flop_floor"] / 1e12, r["byte_floor"] / 1e9, r["floor_seconds"] / r["seconds"],
+                   r["peak_bytes"] / 1e9, r["peak_bytes"] / max(1, base["peak_bytes"]), r["counted_bytes"] / 1e9)  # fmt: skip
+        print(f"{name:>12} {r['seconds']:9.3f}", *(f"{number:11.2f}" for number in numbers))
     peak = next((v for k, v in PEAK_FLOPS.items() if bench.meter.cuda and k in torch.cuda.get_device_name()), None)
     if peak:
-        print(f"model FLOP utilisation of the diagonal: {3 * forward / base['seconds'] / peak:.3f}")
-    return results
+        print(f"model FLOP utilisation of the diagonal: {3 * args.rows * flops_per_row(bench.model, args.seq_len) / base['seconds'] / peak:.3f}")
+    return results | {"matmul_flops": matmul, "copy_bytes": copy}
 
 
 def sampling(args):
     """Sampling by NFE, with the state in the embedding and of size V."""
     bench = Bench(args, args.vocab_size, 1, args.seq_len)
-    bench.optimizer = bench.params = None
-    bench.model.requires_grad_(False)
-    for p in bench.model.parameters():
+    bench.optimizer = None
+    for p in bench.model.requires_grad_(False).parameters():
         p.grad = None
-    calls = {f"{nfe} NFE{way}": functools.partial(bench.sample, f, nfe, args.sample_rows)
-             for nfe in args.nfe for way, f in (("", generate), (", V-sized", v_sized_generate))}  # fmt: skip
-    results = bench.interleaved(calls, args.repeats)
-    print(f"\nsampling {args.sample_rows} x {args.seq_len}\n{'':>16} {'seconds':>9} {'sequences/s':>12} {'peak MB':>9}")
+    ways = {f"{nfe} NFE{way}": (f, nfe) for nfe in args.nfe for way, f in (("", generate), (", V-sized", v_sized_generate))}
+    results = bench.interleaved({name: functools.partial(bench.sample, *way, args.sample_rows) for name, way in ways.items()}, args.repeats)
+    print(f"\nsampling {args.sample_rows} x {args.seq_len}\n{'':>16} {'seconds':>9} {'sequences/s':>12} {'peak MB':>9} {'counted':>9}")
     for name, r in results.items():
-        print(f"{name:>16} {r['seconds']:9.3f} {args.sample_rows / r['seconds']:12.2f} {r['peak_bytes'] / 1e6:9.1f}")
+        r["counted_bytes"] = counted(args, args.vocab_size, 1, args.seq_len, lambda b, way=ways[name]: b.sample(*way, args.sample_rows))[1]
+        print(f"{name:>16} {r['seconds']:9.3f} {args.sample_rows / r['seconds']:12.2f} {r['peak_bytes'] / 1e6:9.1f} {r['counted_bytes'] / 1e6:9.1f}")
     return results
 
 
 def memory(args):
-    """Peak memory of the diagonal's step as V grows, and as L grows."""
-    results = {}
-    cases = [(v, args.memory_rows, 128) for v in (1_000, 10_000, 50_000, 100_000)]
-    cases += [(args.vocab_size, max(1, args.memory_rows * 128 // length), length) for length in (128, 512, 1024)]
-    print(f"\n{'V':>8} {'rows':>5} {'L':>5} {'peak MB beyond weights, gradients, optimizer':>45}")
+    """Peak bytes of a step as V grows, and as L grows, counted."""
+    results, tokens = {}, args.rows * args.seq_len
+    cases = [(v, args.rows, args.seq_len) for v in (1_000, 10_000, 50_000, 100_000)]
+    cases += [(args.vocab_size, tokens // length, length) for length in (128, 512, 1024) if tokens >= length]
+    print(f"\npeak GB of a step of {tokens} tokens, counted: state (weights, gradients, optimizer), and what {', '.join(STEPS)} add")
     for vocab_size, rows, length in cases:
-        bench = Bench(args, vocab_size, rows, length)
-        result = bench.interleaved({"diagonal": functools.partial(bench.step, diagonal)}, 2)["diagonal"]
-        results[f"V={vocab_size} rows={rows} L={length}"] = result
-        print(f"{vocab_size:8} {rows:5} {length:5} {result['peak_bytes'] / 1e6:45.0f}", flush=True)
-        del bench
+        added = {name: counted(args, vocab_size, rows, length, lambda b, name=name: b.call(name)(), name in ("lsd", "esd")) for name in STEPS}
+        numbers = {"state": added["diagonal"][0]} | {name: beyond for name, (_, beyond) in added.items()}
+        results[f"V={vocab_size} L={length}"] = numbers
+        print(f"V {vocab_size:7}  L {length:5} ", *(f"{b / 1e9:7.2f}" for b in numbers.values()), flush=True)
     return results
+
+
+def fit(args):
+    """The largest micro-batch for 24, 40 and 80 GB in bfloat16, from counts at two sizes and the line through them."""
+    args, results = SimpleNamespace(**vars(args) | {"dtype": "bfloat16"}), {}
+    print(f"\nrows of {args.seq_len} that fit, bfloat16, not compiled; 8% and 1 GB kept for the allocator and the CUDA context")
+    print(f"{'step':>12} {'checkpointing':>13} {'state GB':>8} {'fixed GB':>8} {'GB a row':>8} {'24 GB':>6} {'40 GB':>6} {'80 GB':>6}")
+    for name in ("diagonal", *distill.TEACHERS):
+        for checkpointing in (False, True):
+
+            def call(bench, name=name, checkpointing=checkpointing):
+                bench.model.activation_checkpointing = checkpointing
+                bench.call(name)()
+
+            teacher, (few, many) = name in ("lsd", "esd"), (16, 32)
+            (state, low), (_, high) = (counted(args, args.vocab_size, rows, args.seq_len, call, teacher) for rows in (few, many))
+            state += state // (5 if teacher else 4)  # the averaged weights
+            row = (high - low) / (many - few)
+            fixed = low - few * row
+            rows = {gb: int((0.92 * gb * 1e9 - 1e9 - state - fixed) / row) for gb in (24, 40, 80)}
+            results[f"{name}{', checkpointing' * checkpointing}"] = {"state": state, "fixed": fixed, "row": row, "rows": rows}
+            print(f"{name:>12} {'yes' if checkpointing else 'no':>13} {state / 1e9:8.2f} {fixed / 1e9:8.2f} {row / 1e9:8.3f} "
+                  + " ".join(f"{max(0, n):6}" for n in rows.values()), flush=True)  # fmt: skip
+    return results
+
+
+PARTS = {part.__name__: part for part in (steps, sampling, memory, fit)}
 
 
 def main():
     parser = Parser(prog="benchmark.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=["steps", "sampling", "memory"], default=["steps", "sampling", "memory"])
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="of the steps, these")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="of the steps, these")
     parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument("--vocab-size", type=int, default=50257)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="rows a step")
     parser.add_argument("--sample-rows", type=int, default=1, help="sequences sampled at once")
-    parser.add_argument("--memory-rows", type=int, default=32, help="rows of 128 in the memory tables")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count, after one of warm-up")
     machine_flags(parser)
@@ -256,7 +354,7 @@ def main():
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
     print(f"torch {torch.__version__}, {args.device}: {device}, {args.dtype}, size {args.size}, V = {args.vocab_size}, L = {args.seq_len}")
-    results = {part: {"steps": steps, "sampling": sampling, "memory": memory}[part](args) for part in args.parts}
+    results = {part: PARTS[part](args) for part in args.parts}
     if args.output:
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         args.output.write_text(json.dumps({"flags": flags, "torch": torch.__version__, "device": device, "results": results}, indent=1) + "\n")
