@@ -79,7 +79,7 @@ def same(a, b):
     return a == b
 
 
-def log_lines(folder, without=("seconds_per_step", "tokens_per_second", "peak_memory_gb", "mfu")):
+def log_lines(folder, without=("seconds_per_step", "tokens_per_second", "first_step_seconds", "peak_memory_gb", "mfu")):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in without} for line in lines]
 
@@ -394,6 +394,37 @@ def test_generative_perplexity(judge):
         assert ours == pytest.approx(math.exp(nll / count), rel=1e-4)
 
 
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory):
+    """What benchmark.py writes, on a small network and an eighth of the paper's step."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    sizes = ["--size", "tiny", "--vocab-size", 50257, "--seq-len", 1024, "--rows", 8, "--repeats", 1, "--nfe", 4, "--device", "cpu"]
+    python("benchmarks/benchmark.py", *sizes, "--parts", "memory", "--output", "memory.json", cwd=folder)
+    sizes = ["--size", "tiny", "--vocab-size", 3000, "--seq-len", 32, "--rows", 8, "--repeats", 1, "--nfe", 1, "--device", "cpu"]
+    python("benchmarks/benchmark.py", *sizes, "--parts", "steps", "sampling", "--output", "steps.json", cwd=folder)
+    return {name: json.loads((folder / f"{name}.json").read_text())["results"] for name in ("memory", "steps")}
+
+
+@pytest.mark.parametrize("step", ["diagonal", *sorted(distill.TEACHERS)])
+def test_no_tensor_of_size_v(counted, step):
+    """With 8,192 tokens and V = 100,000, a step's peak beyond weights, gradients and optimizer is below one float32 tensor (B, L, V).
+
+    And it grows by less than a tenth of the whole from V = 10,000.
+    """
+    few, many = (counted["memory"]["memory"][f"V={vocab} L=1024"] for vocab in (10_000, 100_000))
+    assert many[step] < 8192 * 100_000 * 4 < many["V-sized"]
+    grown, start = many[step] - few[step], few["state"] + few[step]
+    assert grown < 0.1 * (start + many["state"] - few["state"]) + 4 * 2**25 * 4  # four chunks of logits: the tiny network hides them not
+
+
+def test_benchmark_steps(counted):
+    """Every step and way of sampling is timed, and the peak that was counted is like the one that was measured."""
+    steps, sampling = (counted["steps"][part] for part in ("steps", "sampling"))
+    assert {"diagonal", "V-sized", "next token", "psd", "lsd", "esd"} < steps.keys()
+    assert all(r["seconds"] > 0 and r["counted_bytes"] > 0 for r in (*sampling.values(), *(steps[name] for name in distill.TEACHERS)))
+    assert len(sampling) == 2
+
+
 def test_unigram_entropy():
     """Nats, of each row's own counts."""
     assert evaluate.unigram_entropy(np.array([[1, 1, 2, 2], [3, 3, 3, 3]])) == pytest.approx(math.log(2) / 2)
@@ -478,6 +509,11 @@ BAD = [
         ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "trained", "--batch-size", "16", "--resume", "--seed", "1"],
         "seed",
     ),
+    (
+        train_diagonal,
+        ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "trained", "--batch-size", "16", "--resume", "--diagonal-power", "0"],
+        "diagonal_power",
+    ),
     (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "small", "--out", "trained", "--batch-size", "16", "--resume"], "layers"),
     (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "short.txt"], "short.txt"),
     (train_diagonal, ["--data", "grammar", "--lr", "inf"], "--lr"),
@@ -531,6 +567,13 @@ def test_bad_input(bad, monkeypatch, capsys, module, flags, word):
     err = re.sub(r"(?m)^.*(Generating|examples/s|it/s|row/s|\?row).*$", "", capsys.readouterr().err.replace("\r", "\n"))
     assert one_line(stop.value.code, err, word)
     assert contents(bad) == before
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_bad_environment(bad, monkeypatch, capsys, name):
+    """A variable of torchrun's that is no number is bad input too."""
+    monkeypatch.setenv(name, "two")
+    test_bad_input(bad, monkeypatch, capsys, train_diagonal, ["--data", "grammar", "--device", "cpu"], f"{name}=two")
 
 
 def test_a_bad_checkpoint_runs_no_code(bad):

@@ -363,9 +363,17 @@ def flops_per_row(model, L):
 # Ranks, files and flags.
 
 
+def from_torchrun(name, default):
+    """The number that torchrun leaves in an environment variable; UserError where it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} in the environment is not a number; torchrun sets it, without torchrun unset it")
+    return int(value)
+
+
 def start_ranks(args):
     """(rank, world size, device) of this process; under torchrun, join the others first."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (from_torchrun(*pair) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(args.device if args.device != "cuda" else f"cuda:{local}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -389,6 +397,11 @@ def save(path, model, ema, optimizer, step, meta, args):
     os.close(folder)
 
 
+# What --resume may change. All else must be as it was, `stage1` too: the sha256 of the checkpoint that stage 2 starts from.
+MAY_CHANGE = {"data", "out", "checkpoint", "config", "resume", "steps", "lr", "warmup", "cooldown", "clip", "ema", "micro_batch", "log_every",
+              "val_every", "val_batches", "save_every", "device", "dtype", "compile", "activation_checkpointing"}  # fmt: skip
+
+
 def restore(path, model, optimizer, ema, meta, args):
     """Load a checkpoint into model, optimizer and ema, strictly; return its step.
 
@@ -399,10 +412,9 @@ def restore(path, model, optimizer, ema, meta, args):
         raise UserError(f"{path} was trained with {checkpoint['model_config']}, these flags give {config_dict(model)}")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
         raise UserError(f"{path} was trained on another data set (sha256 of its rows differs); name that one with --data")
-    # stage1: the sha256 of the checkpoint that stage 2 starts from
-    for key in ("loss", "teacher", "stage1", "seed", "batch_size", "beta2"):
-        was, now = checkpoint["args"].get(key), plain(args).get(key)
-        if was != now:
+    for key, was in checkpoint["args"].items():
+        now = plain(args).get(key)
+        if was != now and key not in MAY_CHANGE:
             raise UserError(f"{path} was trained with {key} {was}, this run has {now}; resume with the same, or name another --out")
     model.load_state_dict(checkpoint["model"], strict=True)
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -487,7 +499,7 @@ def parse_training_args(parser, argv=None):
     args.flags = plain(args)
     resolve_machine(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    share = max(1, args.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
+    share = max(1, args.batch_size // max(1, from_torchrun("WORLD_SIZE", 1)))
     args.micro_batch = args.micro_batch or next(n for n in range(min(64, share), 0, -1) if share % n == 0)
     return args
 
