@@ -14,6 +14,7 @@ Conventions, everywhere in this project (equation numbers: Discrete Flow Maps, a
 
 import functools
 import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -699,10 +700,14 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one with train_diagonal.py or distill.py, or name another")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model", "ema", "step", "model_config", "meta", "args"} - checkpoint.keys()
     except Exception as error:  # a damaged or foreign file fails in zipfile, pickle or torch, each in its own way
         raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}); train one anew or name another") from None
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} in it has another checksum than when it was written; take an older one")
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this project")
     return checkpoint

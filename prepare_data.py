@@ -39,6 +39,11 @@ class UserError(Exception):
     """Something the user can mend: the message says what was found, what was expected, what to do."""
 
 
+def one_line(text):
+    """`text` with line ends and control characters written as escapes, as a file name may hold them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in --help, but where the text gives one itself or there is none."""
 
@@ -53,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -74,17 +79,16 @@ def number(kind, low, high=math.inf, above=False):
 
 def run(main):
     """Call main(); turn a UserError, or an OSError, into one line on stderr and exit code 2."""
+    name = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(one_line(f"{name}: {error}"), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(
-            f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror or error}; name another place or free this one", file=sys.stderr
-        )
+        print(one_line(f"{name}: {error.filename or 'a file'}: {error.strerror or error}; name another place or free this one"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -398,8 +402,10 @@ def read_meta(folder):
         missing = {"vocab_size", "seq_len", "train_rows", "val_rows", "tokenizer", "sha256"} - meta.keys()
     except (ValueError, AttributeError):
         raise UserError(f"{path} is not the meta.json of a data set; make it anew with prepare_data.py --force") from None
-    if not missing and not all(isinstance(meta[k], int) and meta[k] > 0 for k in ("vocab_size", "seq_len", "train_rows", "val_rows")):
+    if not missing and not all(type(meta[k]) is int and meta[k] > 0 for k in ("vocab_size", "seq_len", "train_rows", "val_rows")):
         raise UserError(f"{path}: vocab_size, seq_len, train_rows and val_rows must be positive integers; make it anew with prepare_data.py --force")
+    if not missing and not (isinstance(meta["sha256"], dict) and all(isinstance(meta["sha256"].get(k), str) for k in ("train", "val"))):
+        raise UserError(f"{path}: sha256 must give that of train and of val; make it anew with prepare_data.py --force")
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; make it anew with prepare_data.py --force")
     return meta
@@ -413,6 +419,24 @@ def read_rows(folder, split, meta):
         found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
         raise UserError(f"{path}: found {found}, meta.json says {expected:,} bytes; make it anew with prepare_data.py --force")
     return np.memmap(path, "<u2", "r", shape=shape)
+
+
+def verify_rows(folder, split, meta):
+    """Read all of a split once: UserError where its sha256 is not that of meta.json, or an id lies outside the vocabulary."""
+    from tqdm import tqdm
+
+    rows, digest, highest = read_rows(folder, split, meta), hashlib.sha256(), 0
+    path, step = Path(folder) / f"{split}.bin", max(1, 2**24 // meta["seq_len"])
+    for first in tqdm(range(0, len(rows), step), desc=f"checking {path}", unit="block", leave=False, disable=None, delay=1):
+        block = np.ascontiguousarray(rows[first : first + step])
+        digest.update(block)
+        highest = max(highest, int(block.max()))
+    if digest.hexdigest() != (found := meta["sha256"][split]):
+        raise UserError(f"{path}: its sha256 is {digest.hexdigest()[:12]}…, meta.json says {found[:12]}…; make it anew with prepare_data.py --force")
+    if highest >= meta["vocab_size"]:
+        raise UserError(
+            f"{path}: it holds token {highest}, the vocabulary ends at {meta['vocab_size'] - 1}; make it anew with prepare_data.py --force"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
