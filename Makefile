@@ -1,12 +1,13 @@
 # make demo   prepare the grammar, train, distil, sample, and print one table (about 10 minutes on 2 cores)
 # make test   the tests and the linter
+# make soak   the fault tests at length: many kills, damaged files, 2,000 steps (about half an hour)
 # Each makes its own virtual environment first. Needs Python 3.10+ with venv, and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/installed
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 # What differs from the paper's settings fits a network of 1.0M parameters to ten minutes: see README.md.
 FLAGS := --data data/grammar --batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 200 --val-every 1000
@@ -23,6 +24,9 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+soak: $(READY)
+	$(BIN)/python -m pytest -n 0 -m soak
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'

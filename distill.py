@@ -266,18 +266,18 @@ def main():
                                 "name the data set that it was trained on with --data")  # fmt: skip
         args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
         model.train().requires_grad_(True).embedding.requires_grad_(False)
-    ranks = start_ranks(args)
-    ema, teacher = copy.deepcopy(model), None
-    if args.teacher == "frozen":
-        teacher = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False)
-        if args.compile:
-            teacher.compile_parts()
-    if args.teacher == "ema":
-        teacher = ema
     # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for
     # psi_su and psi_ut; so does an LSD or ESD row, for the instantaneous term and the tangent of the dual pass.
     passes = 3 * args.diagonal_share + 5 * (1 - args.diagonal_share)
-    train(args, ranks, model, ema, distillation(args, teacher), meta, passes)
+    ema = copy.deepcopy(model)
+    with start_ranks(args) as ranks:
+        teacher = ema if args.teacher == "ema" else None
+        if args.teacher == "frozen":
+            teacher = copy.deepcopy(model)
+            teacher.to(ranks[-1]).eval().requires_grad_(False)
+            if args.compile:
+                teacher.compile_parts()
+        train(args, ranks, model, ema, distillation(args, teacher), meta, passes)
 
 
 if __name__ == "__main__":

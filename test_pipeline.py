@@ -4,21 +4,28 @@ Tests that read real text or a real tokenizer take them from the folder in DFM_T
 lm1b_dev.txt.xz, tiktoken_cache/, bert-base-uncased/vocab.txt), and are skipped where it is not set.
 """
 
+import contextlib
+import io
 import json
 import lzma
 import math
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported: these tests ask nothing of a network
 
@@ -27,7 +34,7 @@ import evaluate
 import prepare_data
 import sample
 import train_diagonal
-from model import load_model
+from model import load_model, read_checkpoint
 from prepare_data import decode, read_meta
 
 HERE = Path(__file__).parent
@@ -66,6 +73,9 @@ def work(tmp_path_factory):
 
 def checkpoint(path):
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes and their threads are read from /proc")
 
 
 def same(a, b):
@@ -177,7 +187,7 @@ def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
     assert scale > 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of a process's threads are read from /proc")
+@needs_proc
 def test_a_rank_ends_its_group(work, tmp_path):
     """No thread of the process group outlives train: one that does can abort the exit of a run that succeeded."""
     command = [str(a) for a in stage_command("esd", work)]
@@ -204,11 +214,187 @@ def test_resume_is_not_stopping(work, tmp_path, stage):
     with open(tmp_path / "parts/log.jsonl", "a") as file:
         file.write('{"step": 4}\n{"st')
     python(*program, "--out", tmp_path / "parts", "--steps", 6, "--val-every", 3, "--resume", cwd=tmp_path)
-    whole, parts = (checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
-    for key in ("model", "ema", "optimizer", "step", "model_config", "meta"):
-        assert same(whole[key], parts[key]), key
-    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "parts")
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def start(*args, cwd, ranks=1):
+    """A program of ours begun in a process group of its own, its output in cwd / "output"."""
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    if ranks > 1:
+        launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    script, *rest = map(str, args)
+    with open(cwd / "output", "w") as output:
+        return subprocess.Popen([*launch, str(HERE / script), *rest], cwd=cwd, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def wait_for_step(process, run, step):
+    """Wait until `run` has logged that step, or the process has ended."""
+    for _ in range(6000):
+        try:
+            if process.poll() is not None or log_lines(run)[-1]["step"] >= step:
+                return
+        except (OSError, ValueError, IndexError, KeyError):
+            pass  # no log yet, or a line half written
+        time.sleep(0.01)
+    raise AssertionError((run.parent / "output").read_text())
+
+
+def same_runs(a, b):
+    """Whether two runs ended with the same weights, average, optimizer and log, bit for bit, and left nothing half written."""
+    saved = [checkpoint(run / "checkpoint.pt") for run in (a, b)]
+    assert all(same(saved[0][key], saved[1][key]) for key in ("model", "ema", "optimizer", "step", "model_config", "meta"))
+    assert log_lines(a) == log_lines(b)
+    return not list(b.rglob("*.tmp"))
+
+
+def kill_and_resume(program, folder, kills, steps, seed, ranks=1, sig=signal.SIGKILL, one_rank=False):
+    """Run `program` to the end, killed `kills` times at random moments; and once in peace. True where both end alike."""
+    chance = random.Random(seed)
+    flags = [*program, "--steps", steps, "--save-every", 3, "--log-every", 2]
+    python(*flags, "--out", folder / "whole", ranks=ranks, cwd=folder)
+    for kill in range(kills + 1):
+        resume = ["--resume"] if train_diagonal.checkpoints(folder / "parts") else []
+        process = start(*flags, "--out", folder / "parts", *resume, ranks=ranks, cwd=folder)
+        if kill < kills:
+            wait_for_step(process, folder / "parts", chance.randint(kill * steps // kills, (kill + 1) * steps // kills))
+            time.sleep(chance.random() * 0.2)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(workers(folder / "parts")), sig) if one_rank else os.killpg(process.pid, sig)
+        code = process.wait(timeout=120)
+        if code == 2 and "already" in (folder / "output").read_text():
+            break  # killed after the last step was saved
+        assert kill < kills or code == 0, (folder / "output").read_text()
+    return same_runs(folder / "whole", folder / "parts")
+
+
+def workers(out):
+    """The processes that train into `out`, not their launcher."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
+            if str(out).encode() in words and b"torch.distributed.run" not in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+@needs_proc
+@pytest.mark.parametrize(("stage", "ranks", "one_rank"), [("psd", 1, False), ("esd", 2, True)])
+def test_killed_runs_resume(work, tmp_path, stage, ranks, one_rank):
+    """SIGKILL at random moments, to all or to one rank, and --resume: nothing is lost, and one rank's death ends all."""
+    assert kill_and_resume([*stage_command(stage, work), "--micro-batch", 8], tmp_path, 2, 24, seed=0, ranks=ranks, one_rank=one_rank)
+
+
+@pytest.mark.soak
+@needs_proc
+@pytest.mark.parametrize(("stage", "ranks"), [("diagonal", 1), ("psd", 1), ("esd", 1), ("psd", 2), ("joint", 2)])
+def test_soak_of_kills(work, tmp_path, stage, ranks):
+    """25 random kills in all, five of each."""
+    assert kill_and_resume([*stage_command(stage, work), "--micro-batch", 4], tmp_path, 5, 100, seed=ranks, ranks=ranks, one_rank=ranks == 2)
+
+
+@pytest.mark.parametrize(("sig", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_ends(work, tmp_path, sig, ranks):
+    """SIGTERM or SIGINT: within a step all ranks save and end, with exit code 0; --resume ends as if nothing had happened."""
+    flags = [*stage_command("psd", work), "--micro-batch", 8, "--steps", 40]
+    python(*flags, "--out", tmp_path / "whole", ranks=ranks, cwd=tmp_path)
+    process = start(*flags, "--out", tmp_path / "parts", ranks=ranks, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "parts", 3)
+    process.send_signal(sig)
+    code = process.wait(timeout=60)
+    assert ranks == 2 or code == 0  # torchrun itself ends with its own code
+    said = re.findall(r"stopped by (\w+) .*after step (\d+)", (tmp_path / "output").read_text())
+    assert len(said) == 1, (tmp_path / "output").read_text()
+    assert checkpoint(tmp_path / "parts/checkpoint.pt")["step"] == int(said[0][1]) == log_lines(tmp_path / "parts")[-1]["step"] < 40
+    python(*flags, "--out", tmp_path / "parts", "--resume", ranks=ranks, cwd=tmp_path)
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_other_ranks_on_resume(work, tmp_path):
+    """Begun by two ranks and resumed by one: the same global batches, so the same weights but for rounding."""
+    flags = [*stage_command("psd", work), "--micro-batch", 4, "--log-every", 4]
+    python(*flags, "--out", tmp_path / "whole", "--steps", 4, cwd=tmp_path)
+    python(*flags, "--out", tmp_path / "parts", "--steps", 2, ranks=2, cwd=tmp_path)
+    python(*flags, "--out", tmp_path / "parts", "--steps", 4, "--resume", cwd=tmp_path)
+    whole, parts = (checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+def test_damaged_checkpoints(work, tmp_path):
+    """A flipped bit, a cut, a foreign file: refused in one line; --resume takes the checkpoint before and loses nothing."""
+    flags = [*stage_command("esd", work), "--save-every", 2, "--keep", 2]
+    for name, steps in (("whole", 6), ("parts", 4)):
+        python(*flags, "--out", tmp_path / name, "--steps", steps, "--val-every", 2, cwd=tmp_path)
+    run = tmp_path / "parts"
+    assert sorted(path.name for path in run.glob("*.pt")) == ["checkpoint-2.pt", "checkpoint-4.pt", "checkpoint.pt"]
+    good = (run / "checkpoint.pt").read_bytes()
+    chance, refused = random.Random(0), 0
+    for case in range(60):
+        flipped, at = bytearray(good), chance.randrange(len(good))
+        flipped[at] ^= 1 << chance.randrange(8)
+        (tmp_path / "x.pt").write_bytes(flipped if case % 2 else good[:at])
+        try:
+            whole = same(read_checkpoint(tmp_path / "x.pt"), checkpoint(run / "checkpoint.pt"))
+            assert whole, "damage that was not seen"  # a bit between the records harms nothing
+        except prepare_data.UserError:
+            refused += 1
+    assert refused >= 55
+    with open(run / "checkpoint.pt", "r+b") as file:  # a hard link: checkpoint-4.pt is the same file
+        file.seek(len(good) // 2)
+        file.write(bytes(b ^ 255 for b in good[len(good) // 2 :][:1]))
+    done = python(*flags, "--out", run, "--steps", 6, "--val-every", 2, "--resume", cwd=tmp_path)
+    assert done.stderr.count("is damaged") == done.stderr.count("trying the one before") == 2
+    assert same_runs(tmp_path / "whole", run)
+
+
+def test_a_full_disk(work, tmp_path):
+    """The run stops with one line, the earlier checkpoint is whole, and --resume goes on once there is room."""
+    flags = [*stage_command("psd", work), "--out", tmp_path / "run"]
+    python(*flags, "--steps", 2, cwd=tmp_path)
+    script = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000)); sys.path.insert(0, {str(HERE)!r})\n"
+    (tmp_path / "full.py").write_text(script + f"sys.argv[0] = {str(HERE / flags[0])!r}; runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    done = python(tmp_path / "full.py", *flags[1:], "--steps", 4, "--resume", cwd=tmp_path, ok=False)
+    assert one_line(done.returncode, done.stderr, "cannot write")
+    assert "step 4" in done.stderr
+    assert checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
     assert not list(tmp_path.rglob("*.tmp"))
+    python(*flags, "--steps", 4, "--resume", cwd=tmp_path)
+
+
+def test_a_bad_step_changes_nothing(work, tmp_path):
+    """A gradient that is not finite is skipped and counted: weights and Adam's state stay, the run goes on."""
+    flags = ["--data", str(work / "data/grammar"), *TINY, "--steps", "6", "--save-every", "1", "--keep", "9", "--log-every", "2", "--out", "run"]
+    script = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import train_diagonal
+real, calls = train_diagonal.diagonal, []
+def diagonal(model, tokens, draw, power):
+    losses, report = real(model, tokens, draw, power)
+    return {{"diagonal": losses["diagonal"] * (float("inf") if draw.step == 2 else 1)}}, report
+train_diagonal.diagonal = diagonal
+sys.argv = {["train_diagonal.py", *flags]!r}
+train_diagonal.main()
+"""
+    (tmp_path / "bad.py").write_text(script)
+    python(tmp_path / "bad.py", cwd=tmp_path)
+    two, three, four = (checkpoint(tmp_path / f"run/checkpoint-{step}.pt") for step in (2, 3, 4))
+    assert same(two["model"], three["model"])
+    assert same(two["optimizer"]["state"], three["optimizer"]["state"])
+    assert not same(three["model"], four["model"])
+    assert [line.get("skipped", 0) for line in log_lines(tmp_path / "run")] == [0, 1, 0]
+    assert all(math.isfinite(value) for line in log_lines(tmp_path / "run") for value in line.values())
+
+
+@pytest.mark.soak
+def test_soak_of_memory(work, tmp_path):
+    """2,000 steps of stage 2: the peak of resident memory grows by less than 2% after the first 500."""
+    flags = [*stage_command("esd", work), "--steps", 2000, "--save-every", 200, "--val-every", 200, "--log-every", 100]
+    process = start(*flags, "--out", tmp_path / "run", cwd=tmp_path)
+    assert process.wait(timeout=1200) == 0
+    peaks = {line["step"]: line["peak_memory_gb"] for line in log_lines(tmp_path / "run", without=())}
+    assert peaks[2000] < 1.02 * peaks[500], peaks
 
 
 def test_config_replays_a_run(work, tmp_path):
@@ -245,10 +431,11 @@ def test_first_steps(work, tmp_path):
 
 def test_a_loss_that_is_not_finite(work, tmp_path):
     """The run stops with a line that names term, step and progress; the checkpoint before is kept."""
-    flags = ["--data", work / "data/grammar", "--out", tmp_path / "run", *TINY, "--log-every", 5, "--save-every", 1, "--warmup", 0]
-    done = python("train_diagonal.py", *flags, "--steps", 9, "--lr", "1e38", cwd=tmp_path, ok=False)
+    flags = ["--data", work / "data/grammar", "--out", tmp_path / "run", *TINY, "--log-every", 5, "--save-every", 1, "--warmup", 0, "--skip-limit", 3]
+    done = python("train_diagonal.py", *flags, "--steps", 9, "--lr", "1e37", cwd=tmp_path, ok=False)
     assert one_line(done.returncode, done.stderr, "loss_diagonal is nan at step 2, from times of progress [0, 0.25]")
-    assert checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 1
+    assert "4 steps in a row" in done.stderr
+    assert all(p.isfinite().all() for p in checkpoint(tmp_path / "run/checkpoint.pt")["ema"].values())
 
 
 def test_means_find_the_bad_term():
@@ -262,7 +449,7 @@ def test_means_find_the_bad_term():
         rows = torch.tensor([1.0, 1.0, math.nan if step >= 3 else 1.0, 1.0])
         bins = train_diagonal.quarters("ce", rows, torch.tensor([[0.1], [0.3], [0.6], [0.9]]))
         means.add(step, {"other": torch.tensor(math.nan if step == 4 else 0.0), "loss_x": rows.mean()} | bins)
-    with pytest.raises(prepare_data.UserError, match=r"loss_x is nan at step 3, from times of progress \[0.5, 0.75\];"):
+    with pytest.raises(prepare_data.UserError, match=r"loss_x is nan at step 3, from times of progress \[0.5, 0.75\], and 2 steps"):
         means.read()
 
 
@@ -517,6 +704,9 @@ BAD = [
     (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "small", "--out", "trained", "--batch-size", "16", "--resume"], "layers"),
     (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "short.txt"], "short.txt"),
     (train_diagonal, ["--data", "grammar", "--lr", "inf"], "--lr"),
+    (train_diagonal, ["--data", "grammar", "--device", "cpu", "--size", "tiny", "--out", "/dev/null/run"], "/dev/null"),
+    (train_diagonal, ["--data", "edited", "--device", "cpu", "--size", "tiny"], "sha256"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--output", "/dev/null/x"], "/dev/null"),
 ]
 
 
@@ -536,6 +726,9 @@ def bad(work, tmp_path_factory):
     (folder / "other/meta.json").write_text(json.dumps(meta | {"seq_len": 7}))
     shutil.copytree(folder / "grammar", folder / "large")
     (folder / "large/meta.json").write_text(json.dumps(meta | {"vocab_size": 9}))
+    shutil.copytree(folder / "grammar", folder / "edited")
+    with open(folder / "edited/val.bin", "r+b") as file:
+        file.write(b"\x01")
     (folder / "numbers.jsonl").write_text('{"text": 3}\n')
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("a b")
@@ -567,6 +760,115 @@ def test_bad_input(bad, monkeypatch, capsys, module, flags, word):
     err = re.sub(r"(?m)^.*(Generating|examples/s|it/s|row/s|\?row).*$", "", capsys.readouterr().err.replace("\r", "\n"))
     assert one_line(stop.value.code, err, word)
     assert contents(bad) == before
+
+
+FUZZED = {
+    prepare_data: ["file", "--source", "absent.txt"],
+    train_diagonal: ["--data", "absent", "--device", "cpu"],
+    distill: ["--loss", "esd", "--data", "absent", "--device", "cpu"],
+    sample: ["--checkpoint", "absent.pt", "--device", "cpu"],
+    evaluate: ["--checkpoint", "absent.pt", "--device", "cpu"],
+}
+WORDS = st.one_of(
+    st.sampled_from(
+        ["", "0", "-1", "1", "2", "0.5", "nan", "inf", "-inf", "1e999", "9" * 30, "True", "short.txt", ".", "/", "absent/x", "~", "\u00e9", "--"]
+    ),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
+)
+
+
+@pytest.mark.parametrize("module", FUZZED, ids=lambda m: m.__name__)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(choice=st.data())
+def test_any_flags(bad, module, choice):
+    """Whatever the flags: where the input is absent, exit code 2, one line, no traceback, and nothing written."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(bad)
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", "--help"])
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+            module.main()
+        known = sorted(set(re.findall(r"--[a-z][a-z0-9-]+", text.getvalue())) - {"--help"})
+        extra = [choice.draw(st.one_of(st.sampled_from(known), WORDS), label="word") for _ in range(choice.draw(st.integers(1, 4)))]
+        assume("--help" not in extra and "-h" not in extra)
+        # what is given last wins: the input stays absent
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *extra, *FUZZED[module]])
+        before = contents(bad)
+        with pytest.raises(SystemExit) as stop:
+            prepare_data.run(module.main)
+    message = err.getvalue()
+    assert stop.value.code == 2, message
+    assert len(message.splitlines()) == 1, message
+    assert "Traceback" not in message
+    assert contents(bad) == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(choice=st.data())
+def test_any_meta(bad, tmp_path, choice):
+    """A meta.json with a key changed or lost is read as it is meant, or refused."""
+    meta = json.loads((bad / "grammar/meta.json").read_text())
+    key = choice.draw(st.sampled_from(sorted(meta)))
+    value = choice.draw(JSON | st.just("absent"))
+    meta = {k: v for k, v in meta.items() if k != key} | ({} if value == "absent" else {key: value})
+    for name in ("train", "val"):
+        if not (tmp_path / f"{name}.bin").exists():
+            (tmp_path / f"{name}.bin").symlink_to(bad / f"grammar/{name}.bin")
+    (tmp_path / "meta.json").write_text(json.dumps(choice.draw(st.sampled_from([meta, meta, meta, value]))))
+    with contextlib.suppress(prepare_data.UserError):
+        meta = read_meta(tmp_path)
+        for name in ("train", "val"):
+            prepare_data.verify_rows(tmp_path, name, meta)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=JSON
+    | st.fixed_dictionaries({"flags": st.dictionaries(st.sampled_from(["lr", "steps", "size", "help", "config", "compile"]) | st.text(), JSON)})
+)
+def test_any_config(tmp_path, config):
+    """A config.json gives flags, or is refused."""
+    parser = prepare_data.Parser(prog="x")
+    train_diagonal.training_flags(parser, steps=1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with contextlib.suppress(prepare_data.UserError):
+        assert all(isinstance(flag, str) for flag in train_diagonal.replay(parser, tmp_path / "config.json"))
+
+
+@needs_proc
+def test_prepare_data_killed(tmp_path):
+    """Killed at random moments and run again: the same bytes as in peace. Two at once: the second is refused."""
+    (tmp_path / "t.txt").write_text("".join(f"{n} is a number and {n * n} its square. " for n in range(100_000)))
+    flags = ["prepare_data.py", "file", "--source", "t.txt", "--tokenizer", "char", "--seq-len", 64]
+    python(*flags, "--out", "whole", cwd=tmp_path)
+    chance = random.Random(0)
+    for _ in range(4):
+        process = start(*flags, "--out", "parts", cwd=tmp_path)
+        for _ in range(1000):
+            if (tmp_path / "parts.partial").exists() or process.poll() is not None:
+                break
+            time.sleep(0.01)
+        time.sleep(chance.random())
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process = start(*flags, "--out", "parts", "--force", cwd=tmp_path)
+    while not (tmp_path / "parts.partial").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    second = python(*flags, "--out", "parts", "--force", cwd=tmp_path, ok=False)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=120) == 0
+    assert one_line(second.returncode, second.stderr, "another prepare_data.py is writing")
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("parts.")]
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])

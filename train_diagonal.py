@@ -16,12 +16,15 @@ of tokens (B, L) and a `Draw` of random numbers: the losses in order of priority
 scalars for the log, each a mean or a pair (sum, count) of which the log takes the mean.
 """
 
+import contextlib
 import copy
 import functools
 import json
 import os
 import platform
+import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +56,7 @@ from model import (
     read_checkpoint,
     resolve_machine,
 )
-from prepare_data import Parser, UserError, number, read_meta, read_rows, run
+from prepare_data import Parser, UserError, number, read_meta, read_rows, run, verify_rows
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -158,7 +161,7 @@ def average(tensors):
     """
     if dist.is_initialized():
         flat = torch.cat([t.flatten() for t in tensors])  # one message, not one a parameter
-        dist.all_reduce(flat)
+        all_reduce(flat)
         flat /= dist.get_world_size()
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)])
     return tensors
@@ -179,29 +182,30 @@ def project(first, second):
 def train(args, ranks, model, ema, objective, meta, passes):
     """Train `model` on args.data by `objective` for args.steps steps; write args.out.
 
-    ranks: what start_ranks returned. ema: a copy of the model, which becomes its moving average.
+    ranks: what start_ranks gives. ema: a copy of the model, which becomes its moving average.
     passes: the forward passes of the backbone that one row costs, for the FLOP count (a backward
-    pass counts two). With args.resume, go on from args.out / "checkpoint.pt" as if never stopped.
+    pass counts two). With args.resume, go on from the newest checkpoint in args.out as if never stopped.
+    SIGTERM and SIGINT end it after the step under way, saved; a step whose gradient is not finite changes nothing.
     """
     rank, world, device = ranks
     if args.batch_size % (world * args.micro_batch):
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of {world} ranks x --micro-batch {args.micro_batch}")
-    path = args.out / "checkpoint.pt"
-    if path.exists() and not args.resume:
-        raise UserError(f"{path} exists: go on with --resume, or name another folder with --out")
+    if checkpoints(args.out) and not args.resume:
+        raise UserError(f"{checkpoints(args.out)[0]} exists: go on with --resume, or name another folder with --out")
+    if rank == 0:
+        for split in ("train", "val"):
+            verify_rows(args.data, split, meta)  # damage shows before anything is written
     data = {split: TokenRows(args.data, split, meta) for split in ("train", "val")}
-    for rows in data.values():
-        rows.take(args.seed, np.arange(args.batch_size))  # bad tokens show before anything is written
 
     model.to(device)
     ema.to(device).requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    start = 0
+    start, means = 0, None
     if args.resume:
-        start = restore(path, model, optimizer, ema, meta, args)
+        start, means = restore(model, optimizer, ema, meta, args)
         if start >= args.steps:
-            raise UserError(f"{path} is at step {start} already; give --steps a larger number than that")
+            raise UserError(f"{args.out} is at step {start} already; give --steps a larger number than that")
         truncate_log(args.out / "log.jsonl", start, rank)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +239,8 @@ def train(args, ranks, model, ema, objective, meta, passes):
         return {f"val_{name}": value for name, value in scores.read().items()}
 
     flops = passes * flops_per_row(model, meta["seq_len"])
-    log = Log(args, start, meta["seq_len"], flops, ranks)
+    log = Log(args, start, meta["seq_len"], flops, ranks, means)
+    interrupt = Interrupt()
     reader = ThreadPoolExecutor(1)  # reads the next step's rows while this one runs
     ahead = reader.submit(load, "train", args.seed, start)
     for step in range(start, args.steps):
@@ -247,72 +252,134 @@ def train(args, ranks, model, ema, objective, meta, passes):
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        optimizer.grad_scale, optimizer.found_inf = None, (~scalars["grad_norm"].isfinite()).float()  # where 1, Adam changes nothing
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))  # the warm-up makes a short run's average useful
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
-        done = step + 1
+        done, stopped = step + 1, anywhere(interrupt.asked)
         last = done == args.steps
         extra = validate() if last or done % args.val_every == 0 else {}
         log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
-        if last or done % args.save_every == 0:
-            log.means.read()  # raises where anything since the last line is not finite
+        if last or stopped or done % args.save_every == 0:
+            means = log.means.state(rank, world)
             if rank == 0:
-                save(path, model, ema, optimizer, done, meta, args)
+                save(model, ema, optimizer, done, means, meta, args)
+        if stopped and not last:
+            log.say(f"stopped by {interrupt.asked or 'a signal to another rank'} after step {done:,}, which is saved; --resume goes on")
+            break
     log.close()
     reader.shutdown()
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+
+
+class Interrupt:
+    """SIGTERM and SIGINT, asked for by a user or a scheduler: `asked` names the first, a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked, self.when = None, 0.0
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self.ask)
+
+    def ask(self, name, frame):
+        if self.asked and time.monotonic() - self.when > 1:  # sooner, it is torchrun passing on what the terminal sent to all
+            signal.signal(name, signal.SIG_DFL)
+            os.kill(os.getpid(), name)
+        if not self.asked:
+            self.asked, self.when = signal.Signals(name).name, time.monotonic()
+
+
+def anywhere(flag):
+    """Whether `flag` is true on any rank; the same answer on all. On the CPU, so that it waits for no GPU."""
+    flag = torch.tensor(float(bool(flag)))
+    if dist.is_initialized():
+        all_reduce(flag)
+    return bool(flag)
+
+
+def all_reduce(tensor):
+    """The sum over ranks, in place; UserError where a rank is gone."""
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise UserError(f"another rank ended, so this one does ({str(error).splitlines()[0][:100]}); see that rank's own line") from None
 
 
 class Means:
-    """Means of scalars over steps and ranks, kept on the device: reading them is all that waits for it."""
+    """Means of scalars over steps and ranks, kept on the device: reading them is all that waits for it.
 
-    def __init__(self, device):
-        self.device, self.count = device, 0
+    A step with a value that is not finite is in no mean: it is counted as skipped, and the first of a run of such steps is kept.
+    """
+
+    def __init__(self, device, state=None, rank=0, world=1):
+        self.device, self.sizes, self.sums = device, {}, None
+        self.streak, self.first_bad = torch.zeros((), device=device), None
+        if state is not None:
+            sums = state["sums"].to(device)
+            self.sizes, self.sums = state["sizes"], sums[rank].clone() if len(sums) == world else sums.mean(0)
 
     def add(self, step, scalars):
         """Add {name: a mean, or a pair (sum, count)}, the same names each time."""
         values = torch.cat([value.detach().float().reshape(-1).to(self.device) for value in scalars.values()])
-        if not self.count:
+        if self.sums is None:
             self.sizes = {name: value.numel() for name, value in scalars.items()}
-            self.total = torch.zeros_like(values)
-            self.bad = torch.full((1 + len(values),), -1.0, device=self.device)  # the first step that was not finite, and its values
-        self.total += values
-        now = torch.cat([torch.full((1,), float(step), device=self.device), values])
-        self.bad = torch.where(values.isfinite().all() | (self.bad[0] >= 0), self.bad, now)
-        self.count += 1
+            self.sums = values.new_zeros(len(values) + 2)
+        fine, now = values.isfinite().all(), torch.cat([torch.full((1,), float(step), device=self.device), values])
+        self.sums += torch.cat([torch.where(fine, values, 0), torch.stack([fine, ~fine])])
+        self.first_bad = now if self.first_bad is None else torch.where(self.streak == 0, now, self.first_bad)
+        self.streak = torch.where(fine, 0, self.streak + 1)
 
-    def read(self):
-        """{name: mean}, a pair as its ratio, or absent where its count is 0; the same on all ranks. {} before the first `add`.
+    def state(self, rank, world):
+        """What a checkpoint keeps: the sums of every rank, (world, n), or None just after `clear`. Collective."""
+        if self.sums is None:
+            return None
+        sums = torch.zeros(world, len(self.sums), device=self.device)
+        sums[rank] = self.sums
+        if dist.is_initialized():
+            all_reduce(sums)
+        return {"sizes": self.sizes, "sums": sums.cpu()}
 
-        Raises UserError, naming term, step and progress, where a value was not finite.
+    def clear(self):
+        """Begin new means; a run of bad steps goes on."""
+        self.sums = None
+
+    def named(self, values):
+        """{name: value}, a pair as its ratio, or absent where its count is 0."""
+        parts = dict(zip(self.sizes, values.cpu().split(list(self.sizes.values())), strict=True))
+        return {name: v[0] / v[1] if len(v) == 2 else v[0] for name, v in parts.items() if len(v) == 1 or v[1] > 0}
+
+    def read(self, limit=0):
+        """{name: mean}, the same on all ranks, with "skipped" where it is not 0; {} before the first `add`.
+
+        Raises UserError, naming term, step and progress, where the last more than `limit` steps were not finite.
         """
-        if not self.count:
+        if self.sums is None:
             return {}
-        total, bad = average([self.total / self.count, self.bad.clone()])
-        pieces = [dict(zip(self.sizes, v.cpu().split(list(self.sizes.values())), strict=True)) for v in (total, bad[1:])]
-        means, first = ({n: v[0] / v[1] if len(v) == 2 else v[0] for n, v in piece.items() if len(v) == 1 or v[1] > 0} for piece in pieces)
-        wrong = [name for name, value in first.items() if not value.isfinite()] if bad[0] >= 0 else []
-        if wrong:
+        sums, streak, bad = average([self.sums.clone(), self.streak.clone(), self.first_bad.clone()])
+        if streak > limit:
+            first = self.named(bad[1:])
+            wrong = [name for name, value in first.items() if not value.isfinite()]
             terms = sorted((n for n in wrong if "_q" not in n), key=lambda n: not n.startswith("loss_"))
             places = [f"[{(int(n[-1]) - 1) / 4:g}, {int(n[-1]) / 4:g}]" for n in wrong if "_q" in n]
             where = f", from times of progress {' and '.join(places)}" if places else ""
-            raise UserError(f"{(terms or wrong)[0]} is {first[(terms or wrong)[0]]:g} at step {int(bad[0])}{where}; "
-                            "the last checkpoint is kept: resume from it with a lower --lr or --clip")  # fmt: skip
-        return {name: float(value) for name, value in means.items()}
+            raise UserError(f"{(terms or wrong)[0]} is {first[(terms or wrong)[0]]:g} at step {int(bad[0])}{where}, and {int(streak)} steps "
+                            "in a row were skipped; the last checkpoint is kept: resume from it with a lower --lr or --clip")  # fmt: skip
+        good, skipped = sums[-2:].tolist()
+        pairs = torch.cat([torch.full((size,), size == 2) for size in self.sizes.values()]).to(self.device)
+        means = self.named(torch.where(pairs, sums[:-2], sums[:-2] / good)) if good else {}
+        return {name: float(value) for name, value in means.items()} | ({"skipped": skipped} if skipped else {})
 
 
 class Log:
     """Means since the last line, to log.jsonl and to the terminal. Only rank 0 writes."""
 
-    def __init__(self, args, start, seq_len, flops, ranks):
+    def __init__(self, args, start, seq_len, flops, ranks, means):
         self.args, self.seq_len, self.flops = args, seq_len, flops
         rank, self.world, self.device = ranks
         self.file = open(args.out / "log.jsonl", "a" if args.resume else "w") if rank == 0 else None  # noqa: SIM115 (closed in close)
         self.bar = tqdm(initial=start, total=args.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
-        self.means, self.clock, self.steps, self.first = Means(self.device), time.perf_counter(), 0, None
+        self.means, self.clock, self.steps, self.first = Means(self.device, means, rank, self.world), time.perf_counter(), 0, None
 
     def step(self, done, scalars, lr, extra, last):
         self.bar.update()
@@ -323,13 +390,19 @@ class Log:
             self.clock, self.steps = time.perf_counter(), 0
         if not (extra or last or done % self.args.log_every == 0):
             return
-        line = {"step": done} | self.means.read() | {"lr": lr} | self.speed() | self.first | extra
-        self.means, self.clock, self.steps, self.first = Means(self.device), time.perf_counter(), 0, {}
+        line = {"step": done} | self.means.read(self.args.skip_limit) | {"lr": lr} | self.speed() | self.first | extra
+        self.means.clear()
+        self.clock, self.steps, self.first = time.perf_counter(), 0, {}
         if self.file:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "clamped", "val_", "tokens")) and "_q" not in k}
             text = f"step {done:,}/{self.args.steps:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
+            self.say(text)
+
+    def say(self, text):
+        """A line on the terminal, above the bar, from rank 0."""
+        if self.file:
             tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
     def speed(self):
@@ -371,27 +444,54 @@ def from_torchrun(name, default):
     return int(value)
 
 
+@contextlib.contextmanager
 def start_ranks(args):
-    """(rank, world size, device) of this process; under torchrun, join the others first."""
+    """(rank, world size, device) of this process; under torchrun, one of the process group until the block ends."""
     rank, world, local = (from_torchrun(*pair) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(args.device if args.device != "cuda" else f"cuda:{local}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world, device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def save(path, model, ema, optimizer, step, meta, args):
-    """Write a checkpoint beside `path`, flush it to the disk, and rename it over `path`."""
-    content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+def checkpoints(folder):
+    """The checkpoints in a run's folder, the newest first: checkpoint.pt, then those kept as checkpoint-STEP.pt."""
+    older = sorted(folder.glob("checkpoint-*.pt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), reverse=True)
+    return [path for path in (folder / "checkpoint.pt", *older) if path.is_file()]
+
+
+def save(model, ema, optimizer, step, means, meta, args):
+    """Write args.out / checkpoint.pt: beside it, flushed to the disk, then renamed over it; keep the last args.keep.
+
+    Raises UserError, the earlier checkpoints untouched, where the disk is full or the weights are not finite.
+    """
+    path = args.out / "checkpoint.pt"
+    if not torch.stack([p.isfinite().all() for p in (*model.parameters(), *ema.parameters())]).all():
+        raise UserError(f"the weights are not finite after step {step}; {path} is not overwritten: resume from it with a lower --lr")
+    content = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "means": means,
                "model_config": config_dict(model), "meta": meta, "args": plain(args)}  # fmt: skip
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside, own = path.with_suffix(".tmp"), path.with_name(f"checkpoint-{step}.pt")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system without hard links keeps checkpoint.pt alone
+            os.link(beside, own)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes its own error of a failed write
+        beside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} at step {step}: {reason}; earlier checkpoints are kept: make room, then --resume") from None
+    for old in [p for p in checkpoints(args.out) if p != path][args.keep :]:
+        old.unlink()
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -399,15 +499,22 @@ def save(path, model, ema, optimizer, step, meta, args):
 
 # What --resume may change. All else must be as it was, `stage1` too: the sha256 of the checkpoint that stage 2 starts from.
 MAY_CHANGE = {"data", "out", "checkpoint", "config", "resume", "steps", "lr", "warmup", "cooldown", "clip", "ema", "micro_batch", "log_every",
-              "val_every", "val_batches", "save_every", "device", "dtype", "compile", "activation_checkpointing"}  # fmt: skip
+              "val_every", "val_batches", "save_every", "keep", "skip_limit", "device", "dtype", "compile", "activation_checkpointing"}  # fmt: skip
 
 
-def restore(path, model, optimizer, ema, meta, args):
-    """Load a checkpoint into model, optimizer and ema, strictly; return its step.
+def restore(model, optimizer, ema, meta, args):
+    """Load the newest checkpoint of args.out that is whole into model, optimizer and ema, strictly; return its step and sums of the log.
 
-    Raises UserError where the checkpoint is of another model, data set or run than these flags describe.
+    Raises UserError where there is none, or it is of another model, data set or run than these flags describe.
     """
-    checkpoint = read_checkpoint(path)
+    for path in (paths := checkpoints(args.out) or [args.out / "checkpoint.pt"]):
+        try:
+            checkpoint = read_checkpoint(path)
+            break
+        except UserError as error:
+            if path == paths[-1]:
+                raise
+            print(f"{error}; trying the one before", file=sys.stderr)
     if checkpoint["model_config"] != config_dict(model):
         raise UserError(f"{path} was trained with {checkpoint['model_config']}, these flags give {config_dict(model)}")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
@@ -419,7 +526,7 @@ def restore(path, model, optimizer, ema, meta, args):
     model.load_state_dict(checkpoint["model"], strict=True)
     optimizer.load_state_dict(checkpoint["optimizer"])
     ema.load_state_dict(checkpoint["ema"], strict=True)
-    return checkpoint["step"]
+    return checkpoint["step"], checkpoint.get("means")
 
 
 def truncate_log(path, step, rank):
@@ -479,6 +586,9 @@ def training_flags(parser, steps):
     group.add_argument("--val-every", type=number(int, 1), default=5000, help="steps between validations")
     group.add_argument("--val-batches", type=number(int, 1), default=2, help="batches of --batch-size rows a validation")
     group.add_argument("--save-every", type=number(int, 1), default=5000, help="steps between checkpoints")
+    group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints kept, the newest ones")
+    group.add_argument("--skip-limit", type=number(int, 0), default=10, metavar="N",
+                       help="steps in a row whose gradient may be not finite, and which change nothing, before the run stops")  # fmt: skip
     group = parser.add_argument_group("machine")
     machine_flags(group)
     group.add_argument("--compile", action=BooleanOptionalAction, default=None, help="torch.compile (default: on cuda)")
@@ -551,7 +661,8 @@ def main():
     args.surgery = False
     meta = read_meta(args.data)
     model = new_model(args, meta)
-    train(args, start_ranks(args), model, copy.deepcopy(model), functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
+    with start_ranks(args) as ranks:
+        train(args, ranks, model, copy.deepcopy(model), functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
 
 
 if __name__ == "__main__":
