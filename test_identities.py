@@ -420,7 +420,7 @@ def test_teacher_is_a_constant(loss, form):
 def distillation_args(loss, **changes):
     """The flags of distill.py that its objective reads."""
     return SimpleNamespace(**{"loss": loss, "target": "logit", "reverse_kl": False, "boundary": 1 / 8, "step_law": "uniform", "diagonal_share": 0.5,
-                              "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
+                              "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
 
 
 def test_diagonal_conditions(monkeypatch):
@@ -449,7 +449,7 @@ def test_learned_weight(loss):
 
     def loss_of(learned):
         args = distillation_args(loss, learned_weight=learned, consistency_power=0.3)
-        total, _ = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)
+        total = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)[0]["consistency"]
         return (total.item(), *torch.autograd.grad(total, [model.head, last.bias], allow_unused=True))
 
     plain, plain_grad, none = loss_of(False)
@@ -722,7 +722,7 @@ def test_activation_checkpointing(loss):
             if loss == "diagonal":
                 total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
             else:
-                total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]
+                total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]["consistency"]
         kept.append(sum(size))
         results.append(torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -744,7 +744,7 @@ def test_compiled_steps_do_not_recompile(monkeypatch):
                 if loss == "diagonal":
                     total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
                 else:
-                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]
+                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]["consistency"]
                 grads = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True)
             if turn in (0, 3):
                 results.append(grads)

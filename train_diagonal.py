@@ -86,6 +86,42 @@ def quarters(name, values, tau):
     return {f"{name}_q{k + 1}": torch.stack([sums[k], inside[:, k].sum()]) for k in range(4)}
 
 
+def by_context(loss, networks, tokens, draw, args):
+    """loss(*networks, tokens, draw), or, under --context, its mean over blocks that follow a clean context (section 4.2).
+
+    Of each row (L,) a context of a random length is given, and the network learns the block of args.block_size tokens
+    that comes next, or what is left of the row. args.context says which contexts: "block", whole blocks; "any", any
+    number of tokens; "scatter", any set of positions, the block being all others (for infilling). A share
+    args.context_dropout of the rows learns its block without any context, as guidance needs.
+
+    Rows whose context and block have the same lengths go through the networks together: no mask, so the
+    fused attention kernels serve.
+    """
+    if not args.context:
+        return loss(*networks, tokens, draw)
+    (B, L), size = tokens.shape, args.block_size or tokens.shape[1]
+    place, kept = draw.uniform(2).unbind(1)
+    start = (place * (L // size)).long() * size if args.context == "block" else (place * L).long()  # (B,)
+    length, context = (L - start).clamp(max=size), torch.where(kept < args.context_dropout, 0, start)
+    order = torch.arange(L, device=tokens.device).expand(B, L)
+    if args.context == "scatter":
+        first = draw.normal(L).argsort(-1).argsort(-1) < start[:, None].to(tokens.device)  # (B, L), true at `start` random places
+        order = (~first).long().sort(-1, stable=True).indices  # their positions rising, then the others rising
+    losses, report = {}, {}
+    for c, n in sorted(set(zip(context.tolist(), length.tolist(), strict=True))):
+        mask = (context == c) & (length == n)
+        rows = mask.nonzero().squeeze(1).to(tokens.device, non_blocking=True)
+        part, places = tokens[rows], order[rows]
+        block = places.gather(1, (start[mask, None] + torch.arange(n)).to(tokens.device, non_blocking=True))
+        seen = {id(net): net.given(net.encode(part.gather(1, places[:, :c]), places[:, :c]) if c else None, block) for net in networks}
+        found = loss(*(seen[id(net)] for net in networks), part.gather(1, block), draw.part(mask.numpy()))
+        share = mask.sum().item() * n / length.sum().item()
+        for whole, values in zip((losses, report), found, strict=True):
+            for name, value in values.items():  # a pair (sum, count) adds up as it is
+                whole[name] = whole.get(name, 0) + (value if value.numel() == 2 else share * value)
+    return losses, report
+
+
 # ------------------------------------------------------------------------------------------------
 # Rows of tokens, in an order that is a function of (seed, epoch).
 
@@ -212,8 +248,8 @@ def train(args, ranks, model, ema, objective, meta, passes):
         write_config(args)
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        model.compile_parts()
-        ema.compile_parts()
+        for network in (model, ema):
+            network.compile_parts(dynamic=bool(args.context))
     if not model.embedding.requires_grad:
         model.hold_noise()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -634,6 +670,28 @@ def replay(parser, path):
     return argv
 
 
+def context_flags(parser):
+    """The flags of conditional training, in both stages."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--context", choices=["block", "any", "scatter"],
+                       help="learn a block given a clean context: whole blocks before it, any number of tokens, or any positions")  # fmt: skip
+    group.add_argument("--block-size", type=number(int, 1), metavar="K", help="tokens that are written at once (default: all after the context)")
+    group.add_argument("--context-dropout", type=number(float, 0, 1), default=0.1, metavar="P",
+                       help="share of the rows that learn their block without the context, for guidance")  # fmt: skip
+
+
+def check_context(args, seq_len):
+    """UserError for flags of `context_flags` that contradict each other or the data."""
+    if args.block_size and not args.context:
+        raise UserError(f"--block-size {args.block_size} says how a context is cut; give --context block or any with it")
+    if args.context == "scatter" and args.block_size:
+        raise UserError(f"--block-size {args.block_size}: with --context scatter the block is all that is not given; leave it out")
+    if args.context == "block" and (not args.block_size or seq_len % args.block_size):
+        raise UserError(f"--context block needs a --block-size that divides the {seq_len} tokens of a row, got {args.block_size}")
+    if (args.block_size or 1) > seq_len:
+        raise UserError(f"--block-size {args.block_size} is longer than the {seq_len} tokens of a row")
+
+
 def model_flags(parser):
     """The flags that shape a network trained from scratch."""
     group = parser.add_argument_group("model")
@@ -655,14 +713,20 @@ def new_model(args, meta):
 def main():
     parser = Parser(prog="train_diagonal.py", description=__doc__.partition("\n")[0])
     training_flags(parser, steps=1_000_000)
+    context_flags(parser)
     model_flags(parser)
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     meta = read_meta(args.data)
+    check_context(args, meta["seq_len"])
     model = new_model(args, meta)
+
+    def objective(model, tokens, draw):
+        return by_context(functools.partial(diagonal, power=args.diagonal_power), [model], tokens, draw, args)
+
     with start_ranks(args) as ranks:
-        train(args, ranks, model, copy.deepcopy(model), functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
+        train(args, ranks, model, copy.deepcopy(model), objective, meta, passes=3)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def consistency(loss, teacher, model, tokens, draw):
     args = SimpleNamespace(
         loss=loss, target="logit", reverse_kl=False, boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
     )
-    return {"consistency": distill.consistency(model, teacher or model, tokens, draw, args)[0]}, {}
+    return distill.consistency(model, teacher or model, tokens, draw, args)
 
 
 OBJECTIVES = {"diagonal": diagonal, "V-sized": v_sized, "next token": next_token}
