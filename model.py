@@ -747,6 +747,11 @@ class Draw:
             torch.randn(shape, generator=self.generator, device=self.device, out=row)
         return out
 
+    def shared(self):
+        """One uniform in [0, 1), a float, the same for all rows of the step."""
+        self.calls += 1
+        return float(np.random.default_rng([self.seed, self.step, self.calls]).random())
+
     def uniform(self, k):
         """k uniforms a row, float64 (n, k) on the CPU, of low discrepancy over any run of rows.
 

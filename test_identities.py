@@ -420,7 +420,8 @@ def test_teacher_is_a_constant(loss, form):
 def distillation_args(loss, **changes):
     """The flags of distill.py that its objective reads."""
     return SimpleNamespace(**{"loss": loss, "target": "logit", "reverse_kl": False, "boundary": 1 / 8, "step_law": "uniform", "diagonal_share": 0.5,
-                              "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
+                              "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0,
+                              "learned_weight": False} | changes)  # fmt: skip
 
 
 def test_diagonal_conditions(monkeypatch):
@@ -926,3 +927,117 @@ def test_forward_mode_is_what_sdpa_lacks():
     ):
         dual = forward_ad.make_dual(q, q)
         torch.nn.functional.scaled_dot_product_attention(dual, dual, dual)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clean context (section 4.2).
+
+
+def masked_reference(model, tokens, y, s, t, c):
+    """What the block's hidden vectors should be, from one pass over context and block with a dense mask, written out."""
+    n = y.shape[1]
+    row = torch.cat([model.embedding[tokens], y], 1)
+    i = torch.arange(c + n)
+    allowed = (i[:, None] >= c) | (i[None] <= i[:, None])  # a context's row sees what is before it, a block's row sees all
+    allowed &= (i[:, None] >= c) | (i[None] < c)
+    one = torch.ones(len(y), c, dtype=y.dtype)
+    s, t = (torch.cat([one, v.expand(-1, n)], 1) for v in (s, t))
+
+    def dense(q, k, v, causal, seen):
+        return ((q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -math.inf)).softmax(-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.attention", dense)
+        return model(row, s, t)[:, c:]
+
+
+def context_case(c=3):
+    """A float64 network, a context of c tokens, an embedded block of 5 - c, and two times."""
+    model = small_model()
+    tokens, y = torch.randint(40, (2, c)), torch.randn(2, 5 - c, 16, dtype=torch.float64)
+    return model, tokens, y, torch.tensor([[0.2], [0.5]], dtype=torch.float64), torch.tensor([[0.6], [0.9]], dtype=torch.float64)
+
+
+def test_given_is_the_masked_pass():
+    """Cached keys and values give what one pass with the mask of section 4.2 gives; so do keys cached in two parts."""
+    model, tokens, y, s, t = context_case()
+    keys, places = model.encode(tokens), torch.arange(3, 5)
+    want = masked_reference(model, tokens, y, s, t, 3)
+    assert torch.allclose(model.given(keys, places)(y, s, t), want, atol=1e-12)
+    parts = model.encode(tokens[:, 1:], before=model.encode(tokens[:, :1]))
+    assert torch.allclose(model.given(parts, places)(y, s, t), want, atol=1e-12)
+    assert not torch.allclose(model.given(None, places)(y, s, t), want, atol=1e-3)
+    assert torch.allclose(model.given(None, torch.arange(2))(y, s, t), model(y, s, t), atol=1e-12)
+
+
+def test_context_sees_no_block_and_no_later_token():
+    """Bit for bit: no token changes the keys and values of one before it."""
+    model, tokens, *_ = context_case()
+    keys = model.encode(tokens)
+    for place in range(3):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % 40
+        for (k, v), (k2, v2) in zip(keys, model.encode(changed), strict=True):
+            assert torch.equal(k[:, :, :place], k2[:, :, :place])
+            assert torch.equal(v[:, :, :place], v2[:, :, :place])
+        assert not torch.equal(keys[-1][1][:, :, place:], model.encode(changed)[-1][1][:, :, place:])
+    longer = model.encode(torch.cat([tokens, tokens[:, :2]], 1))
+    assert all(torch.allclose(k, k2[:, :, :3], atol=1e-15) for (k, _), (k2, _) in zip(keys, longer, strict=True))
+
+
+@pytest.mark.parametrize("lag", LAGS)
+def test_derivative_given_a_context(lag):
+    """D_s h_st of a block, against central differences; the context does not move."""
+    model, tokens, y, s, t = context_case()
+    net = model.given(model.encode(tokens), torch.tensor([[3, 4], [3, 4]]))
+    if lag:
+        s, t = s * torch.tensor([1.0, 0.5]), t * torch.tensor([1.0, 0.7])
+    dy, one, e = torch.randn_like(y), torch.ones_like(s), 1e-6
+    h, dh = net.derivative(y, s, t, dy=dy, ds=one)
+    assert torch.allclose(h, net(y, s, t), atol=1e-12)
+    assert (dh - (net(y + e * dy, s + e, t) - net(y - e * dy, s - e, t)) / (2 * e)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(("kind", "size"), [("block", 2), ("any", 2), ("any", None), ("scatter", None)])
+def test_by_context(kind, size):
+    """Context and block are parts of the row as --context says, the loss is the mean over block tokens, whatever the grouping."""
+    model, L = small_model(), 6
+    model.cos, model.sin = torch.ones(2, L, 4, dtype=torch.float64)  # no positions: tokens alone tell
+    tokens, calls = torch.arange(40 * L).view(40, L) % 40, []
+    args = SimpleNamespace(context=kind, block_size=size, context_dropout=0.25)
+
+    def loss(net, block, draw):
+        calls.append((net.context[0][0], net.positions, block, draw.rows))
+        h = net(net.embedding[block], *torch.full((2, len(block), 1), 0.5, dtype=torch.float64))
+        return {"x": h.square().mean()}, {"n": torch.tensor(float(block.numel())), "pair": torch.tensor([1.0, 2.0])}
+
+    lengths, dropped, contexts = set(), 0, set()
+    for step in range(1, 20):
+        train_diagonal.by_context(loss, [model], tokens, Draw(0, step, np.arange(40), "cpu"), args)
+        contexts |= {0 if keys is None else keys[0].shape[2] for keys, *_ in calls}
+        assert len(calls) <= 8
+        calls.clear()
+    losses, report = train_diagonal.by_context(loss, [model], tokens, Draw(0, 0, np.arange(40), "cpu"), args)
+    for keys, places, block, rows in calls:
+        assert torch.equal(block, tokens[torch.from_numpy(rows)].gather(1, places))
+        c = 0 if keys is None else keys[0].shape[2]
+        lengths.add(block.shape[1])
+        for place in places:
+            assert (place.diff() > 0).all()  # a block's positions rise
+            if kind != "scatter":
+                assert int(place[-1] - place[0]) == len(place) - 1
+                dropped += c != int(place[0])
+                assert c in (0, int(place[0]))
+            else:
+                assert c in (0, L - len(place))
+        if kind == "block":
+            assert c % 2 == 0
+            assert block.shape[1] == 2
+    assert sorted(np.concatenate([rows for *_, rows in calls])) == list(range(40))
+    assert len(contexts) == (3 if kind == "block" else 6)
+    assert max(lengths) <= (size or L)
+    assert kind == "scatter" or 4 <= dropped <= 12  # a quarter of the rows, but for those without a context anyway
+    parts = [train_diagonal.by_context(loss, [model], tokens[i : i + 1], Draw(0, 0, np.array([i]), "cpu"), args) for i in range(40)]
+    alone = sum(part[0]["x"] * part[1]["n"] for part in parts) / sum(part[1]["n"] for part in parts)
+    assert torch.allclose(losses["x"], alone, atol=1e-12)
+    assert report["pair"][1] == 2 * report["pair"][0]

@@ -94,19 +94,20 @@ def by_context(loss, networks, tokens, draw, args):
     number of tokens; "scatter", any set of positions, the block being all others (for infilling). A share
     args.context_dropout of the rows learns its block without any context, as guidance needs.
 
-    Rows whose context and block have the same lengths go through the networks together: no mask, so the
-    fused attention kernels serve.
+    A step has four contexts' lengths, a quarter of [0, L) apart from a random start, and rows of the same
+    lengths go through the networks together: no mask, so the fused attention kernels serve.
     """
     if not args.context:
         return loss(*networks, tokens, draw)
     (B, L), size = tokens.shape, args.block_size or tokens.shape[1]
-    place, kept = draw.uniform(2).unbind(1)
+    quarter, kept = draw.uniform(2).unbind(1)
+    place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
     start = (place * (L // size)).long() * size if args.context == "block" else (place * L).long()  # (B,)
     length, context = (L - start).clamp(max=size), torch.where(kept < args.context_dropout, 0, start)
     order = torch.arange(L, device=tokens.device).expand(B, L)
     if args.context == "scatter":
         first = draw.normal(L).argsort(-1).argsort(-1) < start[:, None].to(tokens.device)  # (B, L), true at `start` random places
-        order = (~first).long().sort(-1, stable=True).indices  # their positions rising, then the others rising
+        order = torch.argsort(~first, dim=-1, stable=True)  # their positions rising, then the others rising
     losses, report = {}, {}
     for c, n in sorted(set(zip(context.tolist(), length.tolist(), strict=True))):
         mask = (context == c) & (length == n)
