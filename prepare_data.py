@@ -224,14 +224,19 @@ def gpt2_encoding():
                         "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it") from None  # fmt: skip
 
 
-@functools.cache
-def bert_tokenizer(where):
+def bert_class():
     try:
         from transformers import BertTokenizerFast
     except ImportError:
         raise UserError("the bert tokenizer needs transformers: pip install transformers") from None
+    return BertTokenizerFast
+
+
+@functools.cache
+def bert_tokenizer(where):
+    kind = bert_class()
     try:
-        tokenizer, reason = BertTokenizerFast.from_pretrained(where), "no vocabulary"
+        tokenizer, reason = kind.from_pretrained(where), "no vocabulary"
     except Exception as error:
         tokenizer, reason = [], type(error).__name__
     if len(tokenizer) < 1000:  # transformers 5 makes an empty tokenizer where it finds no files
@@ -257,6 +262,21 @@ def describe_tokenizer(args):
     bert = bert_tokenizer(args.bert)
     return dict(tokenizer="bert", vocab_size=len(bert), bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id,
                 vocab=bert.convert_ids_to_tokens(list(range(len(bert)))), join=" ")  # fmt: skip
+
+
+def encode(meta, text, frame=True):
+    """Text -> token ids (a list), BOS before them with `frame` where the rows have one; UserError for what the vocabulary lacks."""
+    bos = [meta["bos_id"]] if frame and meta["bos_id"] is not None else []
+    if meta["tokenizer"] == "gpt2":
+        return bos + gpt2_encoding().encode_ordinary(text)
+    index = {word: i for i, word in enumerate(meta["vocab"])}
+    if meta["tokenizer"] == "bert":
+        return bos + bert_class()(vocab=index)(text, add_special_tokens=False)["input_ids"]
+    words = text.split() if meta["join"] else text
+    unknown = [word for word in words if word not in index]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not in the vocabulary that the model was trained on; use its {'words' if meta['join'] else 'characters'}")
+    return [index[word] for word in words]
 
 
 def decode(meta, ids):

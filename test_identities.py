@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 import distill
+import sample
 import train_diagonal
 from model import (
     INTERPOLANTS,
@@ -1041,3 +1042,112 @@ def test_by_context(kind, size):
     alone = sum(part[0]["x"] * part[1]["n"] for part in parts) / sum(part[1]["n"] for part in parts)
     assert torch.allclose(losses["x"], alone, atol=1e-12)
     assert report["pair"][1] == 2 * report["pair"][0]
+
+
+def sampling_case(**config):
+    """A network of 12 positions, and normals that are a function of how many were asked for."""
+    torch.manual_seed(1)
+    model = DiT(ModelConfig(40, 12, 2, 16, 2, **config)).double().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    draw = Draw(0, 0, np.arange(3), "cpu")
+    return model, lambda n: draw.normal(n, model.noise_size).double()
+
+
+@pytest.mark.parametrize("omega", [1.0, 1.7])
+def test_blocks_with_and_without_the_cache(omega):
+    """Keys and values kept from block to block give the same tokens as all of them computed anew for each."""
+    model, normal = sampling_case()
+    prompt = torch.randint(40, (3, 2))
+    ours = sample.continue_text(model, prompt, 12, 4, normal, omega, nfe=3)
+    tokens, (_, normal) = prompt, sampling_case()
+    for n in (4, 4, 2):
+        places = torch.arange(tokens.shape[1], tokens.shape[1] + n)
+        net = sample.condition(model, model.encode(tokens), places, omega)
+        tokens = torch.cat([tokens, generate(net, normal(n), 3)], 1)
+    assert torch.equal(ours, tokens)
+    assert torch.equal(ours[:, :2], prompt)
+    _, normal = sampling_case()
+    other = sample.continue_text(model, (prompt + 1) % 40, 12, 4, normal, omega, nfe=3)
+    assert not torch.equal(ours[:, 2:], other[:, 2:])
+
+
+def test_no_later_token_changes_a_block():
+    """The first blocks of a longer text are those of a shorter one; beyond L the window slides, and the text goes on."""
+    model, normal = sampling_case()
+    prompt = torch.randint(40, (3, 2))
+    short = sample.continue_text(model, prompt, 6, 4, normal, nfe=2)
+    long = sample.continue_text(model, prompt, 22, 4, sampling_case()[1], nfe=2)
+    assert torch.equal(short, long[:, :6])
+    assert long.shape == (3, 22)
+    net = model.given(model.encode(long[:, 10:18]), torch.arange(8, 12))  # 22 = 18 + 4, the window's last 8 tokens before it
+    _, normal = sampling_case()
+    noise = [normal(4) for _ in range(5)][-1]
+    assert torch.equal(long[:, 18:], generate(net, noise, 2))
+
+
+def test_guidance():
+    """psi + omega (psi(c) - psi) in one batch: omega 0 and 1 are the plain branches; the drift is linear in psi; no impossible token."""
+    model, normal = sampling_case()
+    keys, places, xi = model.encode(torch.randint(40, (3, 5))), torch.arange(5, 9), normal(4)
+    given, alone = model.given(keys, places), model.given(None, places)
+    for omega, plain in ((0.0, alone), (1.0, given)):
+        net = sample.Guided(model, keys, places, omega)
+        assert torch.equal(generate(net, xi, 3), generate(plain, xi, 3))
+        assert torch.equal(generate(sample.condition(model, keys, places, omega), xi, 3), generate(plain, xi, 3))
+    s = torch.full((3, 1), 0.3, dtype=torch.float64)
+    y = model.embed_noise(xi)
+    psi_c, psi_0 = ((net(y, s, s) @ model.head.T).softmax(-1) for net in (given, alone))
+    net = sample.Guided(model, keys, places, 1.8)
+    h = net(y, s, s)
+    assert torch.allclose(net.soft_embedding(h), (psi_0 + 1.8 * (psi_c - psi_0)) @ model.embedding)
+    assert torch.equal(net.argmax(h), (psi_0 + 1.8 * (psi_c - psi_0)).argmax(-1))
+    drift = [model.path.drift(y, psi @ model.embedding, s) for psi in (psi_0, psi_c)]
+    assert torch.allclose(model.path.drift(y, net.soft_embedding(h), s), drift[0] + 1.8 * (drift[1] - drift[0]))
+
+
+def test_guided_diagonal():
+    """The residual of model guidance vanishes, on average over the posterior, at psi + omega (psi(c) - psi)."""
+    h_c, h_0, head = (0.5 * torch.randn(n, 6, dtype=torch.float64) for n in (4, 4, 9))
+    psi_c, psi_0 = ((h @ head.T).softmax(-1) for h in (h_c, h_0))
+    target, shift = psi_0 + 1.3 * (psi_c - psi_0), torch.full((4, 1), 0.3, dtype=torch.float64)
+    z = target.clamp(min=1e-300).log()
+    mean = sum(
+        psi_c[:, k, None] * distill.guided_residual(z, torch.full((4,), k), h_c, h_0, shift, head)[0] for k in range(9)
+    )  # over tokens drawn from psi(c)
+    inside = (target > 0).all(-1)
+    assert inside.any()
+    assert mean[inside].abs().max() < 1e-12
+
+
+def test_fill_in():
+    """Given tokens stay, wherever they stand; the others depend on them, and not on what stood in their places."""
+    model, normal = sampling_case()
+    tokens, given = torch.randint(40, (3, 12)), torch.arange(12) % 3 == 1
+    out = sample.fill_in(model, tokens, given, normal, nfe=2)
+    assert torch.equal(out[:, given], tokens[:, given])
+    hidden = torch.where(given, tokens, (tokens + 7) % 40)
+    assert torch.equal(out, sample.fill_in(model, hidden, given, sampling_case()[1], nfe=2))
+    changed = torch.where(given, (tokens + 7) % 40, tokens)
+    assert not torch.equal(out[:, ~given], sample.fill_in(model, changed, given, sampling_case()[1], nfe=2)[:, ~given])
+
+
+def test_steering_on_the_oracle():
+    """Particles resampled by their look-ahead: the share of a property goes from its base rate to nearly one, all in the language."""
+    oracle = Oracle("linear", steps=20)
+    oracle.times = lambda q: q * 0.99
+    oracle.embed_noise, oracle.argmax, oracle.noise_size = lambda xi: xi, lambda h: h.argmax(-1), V
+    oracle.config = SimpleNamespace(seq_len=L)
+    texts = [" ".join(map(str, row.tolist())) for row in SEQUENCES]
+    reward = lambda found: [float(text == texts[3]) for text in found]  # noqa: E731 (a tenth of the language)
+    rows = {}
+    for particles in (1, 6):
+        draw = Draw(0, 0, np.arange(120 * particles), "cpu")
+        steering = sample.Steering(oracle, False, reward, lambda row: " ".join(map(str, row.tolist())), particles, 10.0, draw.uniform)
+        normal = lambda: draw.normal(L, V).double()  # noqa: B023, E731
+        tokens = generate(oracle, normal(), 8, gamma=0.3, normal=normal, select=steering.select)
+        rows[particles] = tokens[steering.resample(tokens)[0][::particles]]
+        assert (rows[particles][:, None] == SEQUENCES).all(-1).any(-1).float().mean() > 0.95
+    shares = {n: float((r == SEQUENCES[3]).all(-1).float().mean()) for n, r in rows.items()}
+    assert shares[1] < 0.25
+    assert shares[6] > 0.7
