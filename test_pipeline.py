@@ -191,14 +191,14 @@ STAGES = {
 
 
 def stage_command(stage, work):
-    """The program and flags of a short run of stage 1 ("diagonal"), or of one of STAGES, on the grammar."""
-    if stage == "diagonal":
-        return ["train_diagonal.py", "--data", work / "data/grammar", *TINY]
+    """The program and flags of a short run of stage 1 ("diagonal", "context"), or of one of STAGES, on the grammar."""
+    if stage in ("diagonal", "context"):
+        return ["train_diagonal.py", "--data", work / "data/grammar", *TINY, *["--context", "any", "--context-dropout", "0.2"] * (stage == "context")]
     start = [] if stage == "joint" else ["--checkpoint", work / "runs/grammar-diagonal/checkpoint.pt"]
     return ["distill.py", *STAGES[stage], *start, "--data", work / "data/grammar", *TINY[2:]]
 
 
-@pytest.mark.parametrize("stage", ["diagonal", "psd", "esd", "joint"])
+@pytest.mark.parametrize("stage", ["context", "psd", "esd", "joint"])
 def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
     """One step by one rank, by one rank in four micro-batches, and by two ranks: the same gradient (Adam's first moment)."""
     program = stage_command(stage, work)
@@ -566,6 +566,90 @@ def test_real_text_bert(tmp_path):
     assert re.sub(r"\W", "", " ".join(lines).lower()).startswith(words[:200])
 
 
+# ------------------------------------------------------------------------------------------------
+# Prompts, blocks, guidance, infilling, steering.
+
+
+@pytest.fixture(scope="session")
+def conditional(work):
+    """Runs of the grammar that know contexts: runs/any, runs/scatter of stage 1 and runs/guided of stage 2, in the folder of `work`."""
+    for kind in ("any", "scatter"):
+        flags = ["--data", "data/grammar", "--out", f"runs/{kind}", "--context", kind, "--steps", 2]
+        python("train_diagonal.py", *flags, *TINY, cwd=work)
+    flags = ["--data", "data/grammar", "--checkpoint", "runs/any/checkpoint.pt", "--out", "runs/guided", "--guidance", 1.5, "--steps", 2]
+    python("distill.py", "--loss", "psd", *flags, *TINY[2:], cwd=work)
+    return work
+
+
+def test_prompts(conditional, tmp_path):
+    """Every sample begins with the prompt, or holds the given words; guidance, blocks and seeds change the rest."""
+    meta = read_meta(conditional / "data/grammar")
+
+    def written(run, *flags):
+        out = python("sample.py", "--checkpoint", conditional / f"runs/{run}/checkpoint.pt", "--num-samples", 3, "--nfe", 2, *flags,
+                     "--output", tmp_path / "x.npy", cwd=tmp_path).stdout  # fmt: skip
+        assert "2 NFE" in out
+        return np.load(tmp_path / "x.npy")
+
+    start = prepare_data.encode(meta, "some farmers near")
+    (tmp_path / "prompt.txt").write_text("some farmers near\n")
+    plain = written("any", "--prompt", "some farmers near")
+    assert plain.shape == (3, meta["seq_len"])
+    assert (plain[:, :3] == start).all()
+    assert np.array_equal(plain, written("any", "--prompt-file", tmp_path / "prompt.txt", "--batch-size", 2))
+    blocks = written("guided", "--prompt", "some farmers near", "--block-size", 2, "--guidance", "2", "--length", 14)
+    assert blocks.shape == (3, 14)
+    assert (blocks[:, :3] == start).all()
+    infilled = written("scatter", "--infill", "some [MASK] near the [MASK] read")
+    assert (infilled[:, [0, 2, 3, 5]] == prepare_data.encode(meta, "some near the read")).all()
+    lagging = written("any", "--prompt", "some farmers near", "--position-lag", "2")
+    assert (lagging[:, :3] == start).all()
+
+
+def test_reward(conditional, tmp_path):
+    """A function of the current folder scores texts, or texts and probabilities, and what it asks for is written more often."""
+    (tmp_path / "rewards.py").write_text(
+        "def short(texts): return [-len(text.split()) for text in texts]\n"
+        "def sure(texts, probabilities): return [float(psi.max(-1).values.mean()) for psi in probabilities]\n"
+        "def wrong(texts): return [0.0]\n"
+    )
+
+    def lengths(*flags):
+        flags = ["--checkpoint", conditional / "runs/grammar-diagonal/checkpoint.pt", "--num-samples", 4, "--nfe", 3, "--gamma", 0.5, *flags]
+        out = python("sample.py", *flags, cwd=tmp_path).stdout.splitlines()[1:]
+        return [len(line.split()) for line in out]
+
+    assert sum(lengths("--reward", "rewards:short", "--particles", 6)) < sum(lengths())
+    assert len(lengths("--reward", "rewards:sure", "--particles", 2)) == 4
+    flags = ["--checkpoint", conditional / "runs/grammar-diagonal/checkpoint.pt", "--nfe", 3, "--gamma", 0.5]
+    done = python("sample.py", *flags, "--reward", "rewards:wrong", cwd=tmp_path, ok=False)
+    assert one_line(done.returncode, done.stderr, "the reward gave (1,) values")
+
+
+def test_encode_is_the_inverse_of_decode():
+    """On the grammar and on characters; what the vocabulary lacks is refused."""
+    words = dict(tokenizer="grammar", vocab=prepare_data.grammar_words(), join=" ", pad_id=0, bos_id=None)
+    assert decode(words, prepare_data.encode(words, "some farmers read")) == "some farmers read"
+    chars = dict(tokenizer="char", vocab=["a", " ", "b"], join="", pad_id=None, bos_id=None)
+    assert decode(chars, prepare_data.encode(chars, "ab ba")) == "ab ba"
+    for meta, text in ((words, "some dragons"), (chars, "abc")):
+        with pytest.raises(prepare_data.UserError, match="not in the vocabulary"):
+            prepare_data.encode(meta, text)
+
+
+@needs_data
+def test_encode_word_pieces(tmp_path, monkeypatch):
+    """GPT-2's and bert's prompts: BOS, then the text's own tokens."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", tiktoken_environment(tmp_path)["TIKTOKEN_CACHE_DIR"])
+    gpt2 = dict(tokenizer="gpt2", bos_id=50256)
+    assert prepare_data.encode(gpt2, "hello world") == [50256, 31373, 995]
+    vocab = (Path(TEST_DATA) / "bert-base-uncased/vocab.txt").read_text().splitlines()
+    bert = dict(tokenizer="bert", vocab=vocab, join=" ", pad_id=0, bos_id=101)
+    ids = prepare_data.encode(bert, "An unaffable cat")
+    assert ids[0] == 101
+    assert decode(bert, ids[1:]) == "an unaffable cat"
+
+
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory):
     """A small GPT-2 with random weights and its own byte-pair tokenizer, in from_pretrained format."""
@@ -710,6 +794,24 @@ BAD = [
     (evaluate, ["--checkpoint", "absent.pt"], "absent.pt"),
     (evaluate, ["--checkpoint", "evil.pt"], "evil.pt"),
     (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--output", "grammar"], "grammar"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--prompt", "some"], "without contexts"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--infill", "some [MASK]"], "--context scatter"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--guidance", "2"], "--prompt"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--reward", "os:nothing", "--gamma", "1"], "os:nothing"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--reward", "os:listdir"], "--gamma"),
+    (sample, ["--checkpoint", "any/checkpoint.pt", "--prompt", "some dragons"], "dragons"),
+    (sample, ["--checkpoint", "any/checkpoint.pt", "--infill", "some [MASK]"], "--context scatter"),
+    (sample, ["--checkpoint", "any/checkpoint.pt", "--prompt", "some " * 10], "10 tokens"),
+    (sample, ["--checkpoint", "any/checkpoint.pt", "--prompt", "some", "--length", "30"], "--block-size"),
+    (sample, ["--checkpoint", "any/checkpoint.pt", "--prompt-file", "absent.txt"], "absent.txt"),
+    (sample, ["--checkpoint", "any/checkpoint.pt", "--prompt", "some", "--infill", "some"], "give one of"),
+    (train_diagonal, ["--data", "grammar", "--context", "block"], "--block-size"),
+    (train_diagonal, ["--data", "grammar", "--context", "block", "--block-size", "3"], "divides"),
+    (train_diagonal, ["--data", "grammar", "--block-size", "5"], "--context"),
+    (train_diagonal, ["--data", "grammar", "--context", "scatter", "--block-size", "5"], "scatter"),
+    (distill, ["--data", "grammar", "--loss", "psd", "--context", "any"], "--context is fixed"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--guidance", "2"], "teaches itself"),
+    (distill, ["--data", "grammar", "--loss", "psd", "--guidance", "2", "--checkpoint", "trained/checkpoint.pt"], "without contexts"),
     (prepare_data, ["grammar", "--out", "trained", "--force"], "trained"),
     (prepare_data, ["file", "--source", "numbers.jsonl", "--tokenizer", "char"], "not text"),
     (train_diagonal, ["--data", "large", "--device", "cpu", "--size", "tiny", "--batch-size", "512"], "vocabulary"),
@@ -738,11 +840,12 @@ BAD = [
 
 
 @pytest.fixture(scope="session")
-def bad(work, tmp_path_factory):
+def bad(work, conditional, tmp_path_factory):
     """A folder with good and damaged files for the cases above."""
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(work / "data/grammar", folder / "grammar")
     shutil.copytree(work / "runs/grammar-diagonal", folder / "trained")
+    shutil.copytree(work / "runs/any", folder / "any")
     shutil.copytree(folder / "grammar", folder / "cut")
     with open(folder / "cut/train.bin", "r+b") as file:
         file.truncate(1001)
