@@ -316,6 +316,37 @@ def test_sampler_on_the_oracle():
     assert (euler == tokens[0]).all(-1).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("gamma", [0.4, 1.0])
+def test_renoising_on_the_oracle(gamma):
+    """With the true flow map, jumping past t and renoising back to it keeps the law of the language, at any gamma."""
+    oracle = Oracle("trigonometric", steps=60)
+    oracle.times = lambda q: q * 0.99
+    oracle.embed_noise = lambda xi: xi
+    oracle.argmax = lambda h: h.argmax(-1)
+    g = torch.Generator().manual_seed(0)
+    normal = lambda: torch.randn(4000, L, V, dtype=torch.float64, generator=g)  # noqa: E731
+    xi = normal()
+    known = (generate(oracle, xi, 4, gamma=gamma, normal=normal)[:, None] == SEQUENCES).all(-1).double()
+    assert ((known.mean(0) - WEIGHTS).abs() < 4 * (WEIGHTS * (1 - WEIGHTS) / 4000).sqrt()).all()
+    same = (known * (generate(oracle, xi, 4)[:, None] == SEQUENCES).all(-1)).sum(-1).mean()
+    assert same < 0.8  # the fresh noise decides with the first
+
+
+def test_temperature_and_sigma():
+    """psi = softmax(z / T) in the jump, and a start of sigma x0, written out for two evaluations."""
+    oracle = Oracle("linear", steps=60)
+    oracle.times = lambda q: q * 0.99
+    oracle.embed_noise = lambda xi: xi
+    oracle.argmax = lambda h: h.argmax(-1)
+    xi = torch.randn(500, L, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s, t, end = (torch.full((500, 1), time, dtype=torch.float64) for time in (0, 0.99 / 2, 0.99))
+    psi = oracle.psi(2 * xi, s, t).clamp(min=1e-300) ** (1 / 0.7)
+    y = (1 - t)[..., None] * 2 * xi + t[..., None] * psi / psi.sum(-1, keepdim=True)
+    assert torch.equal(generate(oracle, xi, 2, temperature=0.7, sigma=2.0), oracle.psi(y, t, end).argmax(-1))
+    assert not torch.equal(generate(oracle, xi, 2, sigma=2.0), generate(oracle, xi, 2, temperature=0.1, sigma=2.0))
+    assert not torch.equal(generate(oracle, xi, 2), generate(oracle, xi, 2, sigma=2.0))
+
+
 # ------------------------------------------------------------------------------------------------
 # Losses.
 

@@ -134,6 +134,33 @@ def test_samples_depend_on_seed_and_index_alone(work):
     assert np.array_equal(rows[:4], sample.draw_samples(model, 2, 4, 4, 0, euler=True))
 
 
+def test_renoised_samples_depend_on_seed_and_index_alone(work):
+    """The same with fresh noise between jumps, which moves the samples; a gamma of 0 draws none."""
+    model, _ = load_model(work / "runs/grammar-diagonal/checkpoint.pt")
+    rows = sample.draw_samples(model, 3, 7, 7, 0, euler=True, gamma=0.5)
+    assert np.array_equal(rows, sample.draw_samples(model, 3, 7, 3, 0, euler=True, gamma=0.5))
+    assert np.array_equal(rows[:4], sample.draw_samples(model, 3, 4, 4, 0, euler=True, gamma=0.5))
+    plain = sample.draw_samples(model, 3, 7, 7, 0, euler=True)
+    assert not np.array_equal(rows, plain)
+    assert np.array_equal(plain, sample.draw_samples(model, 3, 7, 7, 0, euler=True, temperature=1.0, gamma=0.0, sigma=1.0))
+
+
+def test_watch(work, monkeypatch, capsys):
+    """A line for each evaluation, the last of them the sample; coloured frames on a terminal."""
+    monkeypatch.chdir(work)
+    flags = ["--checkpoint", "runs/grammar-diagonal/checkpoint.pt", "--nfe", "3", "--num-samples", "1", "--device", "cpu", "--watch"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+    sample.main()
+    frames, _, text = capsys.readouterr().out.partition("--- 3 NFE\n")
+    assert [line[:3] for line in frames.splitlines()] == ["1/3", "2/3", "3/3"]
+    assert frames.splitlines()[-1].partition(": ")[2].replace(" <pad>", "") == text.strip()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample.main()
+    frames = capsys.readouterr().out.split("\x1b[H\x1b[2J")[1:]
+    assert len(frames) == 3
+    assert all(frame.count("\x1b[38;5;") == 10 for frame in frames)
+
+
 def test_written_samples(tmp_path):
     """One sample a line, whatever the sample holds."""
     meta = dict(tokenizer="char", vocab=["a", "\n", "\\"], join="", pad_id=None)
