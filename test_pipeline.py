@@ -121,7 +121,7 @@ def test_the_whole_road(work, loss):
     out = python("evaluate.py", "--checkpoint", "runs/grammar-diagonal/checkpoint.pt", path, "--nfe", 1, 2, "--num-samples", 16, cwd=work).stdout
     assert out.count("grammar-") >= 4
     results = json.loads((run / "evaluation.json").read_text())["results"]
-    assert [r["sampler"] for r in results] == [""] + ["euler"] * 2 + ["flow-map"] * 2
+    assert [r["sampler"] for r in results] == [""] * 3 + ["euler"] * 2 + ["flow-map"] * 2
     assert results[0]["grammatical"] == 1
     assert all(0 <= r["grammatical"] <= 1 and r["source_entropy"] == prepare_data.grammar_entropy() for r in results)
 
@@ -651,48 +651,6 @@ def test_encode_word_pieces(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def judge(tmp_path_factory):
-    """A small GPT-2 with random weights and its own byte-pair tokenizer, in from_pretrained format."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("judge")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([(HERE / "prepare_data.py").read_text()], vocab_size=400, special_tokens=["<|endoftext|>"])
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
-    return folder
-
-
-def test_generative_perplexity(judge):
-    """Against the protocol computed one text and one token at a time, on awkward texts."""
-    model, tokenizer = evaluate.load_judge(str(judge), "cpu")
-    texts = [
-        "def main(): return 1",
-        "",
-        "x",
-        "import os<|endoftext|>import re<|endoftext|>",
-        "<|endoftext|>class A:",
-        "for i in range(9): " * 30,
-        "end",
-    ]
-    nll, count = 0.0, 0
-    for text in texts:
-        ids, seen = tokenizer(text)["input_ids"][:24], False
-        for position, token in enumerate(ids):
-            counts = token != tokenizer.eos_token_id or not seen
-            seen |= token == tokenizer.eos_token_id
-            if position and counts:
-                logits = model(torch.tensor([ids[:position]])).logits[0, -1]
-                nll -= float(logits.detach().double().log_softmax(-1)[token])
-                count += 1
-    for batch in (1, 3, 8):
-        ours = evaluate.generative_perplexity(texts, model, tokenizer, max_length=24, batch_size=batch)
-        assert ours == pytest.approx(math.exp(nll / count), rel=1e-4)
-
-
-@pytest.fixture(scope="session")
 def counted(tmp_path_factory):
     """What benchmark.py writes, on a small network and an eighth of the paper's step."""
     folder = tmp_path_factory.mktemp("benchmark")
@@ -723,20 +681,260 @@ def test_benchmark_steps(counted):
     assert len(sampling) == 2
 
 
-def test_unigram_entropy():
-    """Nats, of each row's own counts."""
-    assert evaluate.unigram_entropy(np.array([[1, 1, 2, 2], [3, 3, 3, 3]])) == pytest.approx(math.log(2) / 2)
+# ------------------------------------------------------------------------------------------------
+# Evaluation.
 
 
-def test_evaluate_text(tmp_path, judge):
-    """A checkpoint on characters, judged by a folder: finite gen-PPL in the table and the JSON."""
-    (tmp_path / "t.txt").write_text("to be or not to be that is the question " * 200)
-    python("prepare_data.py", "file", "--source", "t.txt", "--tokenizer", "char", "--seq-len", 16, "--out", "data/t", cwd=tmp_path)
-    python("train_diagonal.py", "--data", "data/t", "--steps", 2, *TINY, cwd=tmp_path)
-    python("evaluate.py", "--checkpoint", "runs/t-diagonal/checkpoint.pt", "--nfe", 1, "--num-samples", 5, "--judge", judge, cwd=tmp_path)
-    result = json.loads((tmp_path / "runs/t-diagonal/evaluation.json").read_text())["results"][0]
-    assert result["gen_ppl"] > 1
-    assert result["entropy"] >= 0
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    """A small GPT-2 with random weights and its own byte-pair tokenizer, in from_pretrained format."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("judge")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([(HERE / "prepare_data.py").read_text()], vocab_size=400, special_tokens=["<|endoftext|>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    return folder
+
+
+TEXTS = [
+    "def main(): return 1",
+    "",
+    "x",
+    "import os<|endoftext|>import re<|endoftext|>",
+    "<|endoftext|>class A:",
+    "for i in range(9): " * 30,
+    "end",
+]
+
+
+def protocol(texts, model, tokenizer, length):
+    """The protocol in words, one text and one token at a time: (NLL, tokens counted)."""
+    nll, count = 0.0, 0
+    for text in texts:
+        ids, seen = tokenizer(text)["input_ids"][:length], False
+        for position, token in enumerate(ids):
+            counts = token != tokenizer.eos_token_id or not seen
+            seen |= token == tokenizer.eos_token_id
+            if position and counts:
+                logits = model(torch.tensor([ids[:position]])).logits[0, -1]
+                nll -= float(logits.detach().double().log_softmax(-1)[token])
+                count += 1
+    return nll, count
+
+
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1], TEXTS[3:4], ["", "x"]], ids=["awkward", "one", "eos", "nothing to score"])
+def test_judge_scores(judge, texts):
+    """Generative perplexity against the protocol computed one token at a time: EOS in the middle, empty, over-long, one, a last partial batch."""
+    model, tokenizer = evaluate.load_judge(str(judge), "cpu")
+    nll, count = protocol(texts, model, tokenizer, 24)
+    for batch in (1, 3, 8):
+        ours = evaluate.judge_scores(texts, model, tokenizer, max_length=24, batch_size=batch)
+        assert ours.shape == (len(texts), 2)
+        assert ours[:, 1].sum() == count
+        if count:
+            assert math.exp(ours[:, 0].sum() / count) == pytest.approx(math.exp(nll / count), rel=1e-4)
+
+
+def test_judge_deviations(judge):
+    """A cache spares the judge and changes nothing; a BOS before scores the first token too; bfloat16 is near."""
+    model, tokenizer = evaluate.load_judge(str(judge), "cpu")
+    cache = {}
+    plain = evaluate.judge_scores(TEXTS, model, tokenizer, 24, cache=cache)
+    assert np.array_equal(evaluate.judge_scores(TEXTS[::-1], None, tokenizer, 24, cache=cache), plain[::-1])
+    bos = evaluate.judge_scores(TEXTS, model, tokenizer, 25, bos=True, cache=cache)
+    assert (bos[:, 1] - plain[:, 1]).tolist() == [1, 0, 1, 1, 1, 1, 1]
+    nll, count = protocol(["<|endoftext|>" + text for text in TEXTS[:1]], model, tokenizer, 25)
+    assert bos[0] == pytest.approx([nll, count], rel=1e-4)
+    low, _ = evaluate.load_judge(str(judge), "cpu", "bfloat16")
+    assert evaluate.judge_scores(TEXTS, low, tokenizer, 24)[:, 0] == pytest.approx(plain[:, 0], rel=0.02)
+    assert evaluate.fingerprint(low) != evaluate.fingerprint(model) == evaluate.fingerprint(evaluate.load_judge(str(judge), "cpu")[0])
+
+
+def test_entropies():
+    """-sum p log p in nats of each row's own tokens, to 1e-6, for rows of any length."""
+    rows = [np.array(row) for row in ([1, 1, 2, 2], [3, 3, 3, 3], [5, 6, 7, 5, 50256], [9], [])]
+    expected = [-sum(row.tolist().count(v) / len(row) * math.log(row.tolist().count(v) / len(row)) for v in set(row.tolist())) for row in rows]
+    assert np.abs(evaluate.entropies(rows) - expected).max() < 1e-6
+    assert evaluate.entropies(rows)[0] == pytest.approx(math.log(2))
+
+
+def test_diversity():
+    """Shares of n-grams against sets of tuples; a BLEU known by hand."""
+    rng = np.random.default_rng(0)
+    rows = [*rng.integers(0, 4, (20, 9)), np.array([1, 2]), np.array([], np.int64)]
+    train = rng.integers(0, 4, (6, 9))
+    for n in (1, 3):
+        grams = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]
+        every, seen = [g for row in grams for g in row], {tuple(row[i : i + n]) for row in train for i in range(9 - n + 1)}
+        ours = evaluate.diversity(rows, n, np.unique(evaluate.ngrams(train, n)))
+        assert ours[f"distinct_{n}"] == pytest.approx(len(set(every)) / len(every))
+        assert ours[f"repeated_{n}"] == pytest.approx(np.mean([1 - len(set(g)) / len(g) for g in grams if g]))
+        assert ours[f"copied_{n}"] == pytest.approx(np.mean([g in seen for g in every]))
+    assert 0 < ours["copied_3"] < 1
+    assert evaluate.diversity([np.array([1])], 2, train[0]) == {"distinct_2": None, "repeated_2": None, "copied_2": None}
+    assert evaluate.self_bleu([np.array([1, 2, 3, 4, 5, 6]), np.array([1, 2, 3, 4, 5, 7])], 9) == pytest.approx(
+        (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+    )
+    assert evaluate.self_bleu(rows[:3] * 2, 9) == pytest.approx(1)
+    assert evaluate.self_bleu(rows, 1) is None
+
+
+def test_controls():
+    """Rows of the validation set, the same words in another order inside their frame, and the frequencies of the training rows."""
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sea", "##son", "of", "light"]
+    meta = dict(tokenizer="bert", vocab=vocab, join=" ", vocab_size=9, seq_len=12, bos_id=2, eos_id=3, pad_id=0)
+    rng = np.random.default_rng(0)
+    body = np.array([[[5, 6], [7, 8]][k] for k in rng.integers(2, size=500 * 5)]).reshape(500, 10)
+    rows = np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (2, 3))).astype(np.uint16)
+    real, shuffled, unigram = evaluate.control_rows(meta, rows, rows, 100, 0).values()
+    assert len(np.unique(real, axis=0)) > 20
+    assert {row.tobytes() for row in real} <= {row.tobytes() for row in rows.astype(np.int64)}
+    for a, b in zip(real, shuffled, strict=True):
+        assert (b[0], b[-1]) == (2, 3)
+        assert sorted(decode(meta, a).split()) == sorted(decode(meta, b).split())
+    assert sum(not np.array_equal(a, b) for a, b in zip(real, shuffled, strict=True)) > 80
+    assert set(unigram[:, 0]) == {2}
+    assert set(unigram[:, -1]) == {3}
+    share = np.bincount(body.ravel(), minlength=9) / body.size
+    assert np.abs(np.bincount(unigram[:, 1:-1].ravel(), minlength=9) / 1000 - share).max() < 5 * (0.25 / 1000) ** 0.5
+
+
+def test_bootstrap():
+    """The interval of a mean is that of the normal law, and covers; seeds that differ widen it; a ratio is of sums."""
+    rng = np.random.default_rng(1)
+    samples = rng.normal(size=400)
+    value, (low, high) = evaluate.estimate(evaluate.means(evaluate.resamples(1, 400), samples))
+    assert value == pytest.approx(samples.mean())
+    assert high - low == pytest.approx(2 * 1.96 * samples.std() / 20, rel=0.15)
+    shifted = samples + np.repeat([-1.0, 0, 1, 2], 100)
+    _, (low, high) = evaluate.estimate(evaluate.means(evaluate.resamples(4, 100), shifted))
+    assert high - low > 1.5
+    assert evaluate.means(np.ones((1, 3)), np.array([1.0, 2, 3]), np.array([1.0, 1, 2]))[0] == 1.5
+    assert evaluate.estimate(evaluate.means(evaluate.resamples(1, 2), np.zeros(2), np.zeros(2))) == (None, None)
+
+
+def test_at_entropy():
+    """Linear between the points that bracket the target; the worse of two; nothing outside."""
+    entropy, score = np.array([[4.0, 4.0, 4.0], [5.0, 5.0, 4.2], [4.4, 4.4, 4.4]]), np.array([[3.0] * 3, [4.0] * 3, [2.0] * 3])
+    found = evaluate.at_entropy(entropy, score, np.array([4.5, 6.0, 3.9]), np.fmax)
+    assert found[0] == pytest.approx(3.5)
+    assert np.isnan(found[1:]).all()
+    assert evaluate.at_entropy(entropy, score, np.array([4.5] * 3), np.fmin)[0] == pytest.approx(2 + 2 / 6)
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A folder with data/t, characters of a repetitive text, and a short stage-1 run of it."""
+    folder = tmp_path_factory.mktemp("letters")
+    text, chance = "to be or not to be that is the question whether tis nobler in the mind to suffer ", random.Random(0)
+    (folder / "t.txt").write_text("".join(text[text.index(" ", chance.randrange(40)) :] for _ in range(400)))
+    python("prepare_data.py", "file", "--source", "t.txt", "--tokenizer", "char", "--seq-len", 32, "--out", "data/t", cwd=folder)
+    python("train_diagonal.py", "--data", "data/t", "--steps", 2, *TINY, cwd=folder)
+    return folder
+
+
+def evaluated(folder, monkeypatch, *flags):
+    """What evaluate.py writes in `folder`, as JSON."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--device", "cpu", "--output", "e.json"])
+    evaluate.main()
+    return json.loads((folder / "e.json").read_text())
+
+
+def test_evaluate_text(letters, judge, monkeypatch, capsys):
+    """A model on characters: controls, intervals, a frontier and the bound in one run; all files there; the cache spares a second judging."""
+    flags = ["--checkpoint", "runs/t-diagonal/checkpoint.pt", "--judge", judge, "--num-samples", 6, "--seeds", 2, "--show", 1]
+    sweep = ["--nfe", 1, 2, "--temperature", 1, 0.5, "--gamma", 0, 1, "--sigma", 1, 2, "--bound", 3, "--plot", "e.png"]
+    found = evaluated(letters, monkeypatch, *flags, *sweep)
+    results = found["results"]
+    assert [r["model"] for r in results[:3]] == ["validation rows", "their words shuffled", "unigram draws"]
+    assert [(r["nfe"], r["swept"]) for r in results[3:]] == [(1, None), (1, "sigma"), (2, None), (2, "temperature"), (2, "gamma"), (2, "sigma")]
+    assert [r["samples"] for r in results] == [6] * 3 + [12] * 6
+    for r in results:
+        assert r["gen_ppl_interval"][0] <= r["gen_ppl"] <= r["gen_ppl_interval"][1]
+        assert r["entropy_interval"][0] <= r["entropy"] <= r["entropy_interval"][1]
+        assert (r["seconds_per_1000"] or 0) * (r["tokens_per_second"] or 0) == pytest.approx(32_000 if r["nfe"] else 0)
+    assert [(line["nfe"], line["knob"]) for line in found["frontier"]] == [(1, "sigma"), (2, "temperature"), (2, "gamma"), (2, "sigma")]
+    assert [line["channel"] for line in found["bound"]] == ["embedded", "full"]
+    text = (letters / "e.md").read_text()
+    assert text in capsys.readouterr().out
+    assert sum(line.startswith("|") for line in text.splitlines()) == (2 + 9) + (2 + 4) + (2 + 2)  # each table: title, rule, rows
+    assert (letters / "e.png").read_bytes().startswith(b"\x89PNG")
+    (cache,) = letters.glob("judged-*.json")
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", None)  # the judge is not asked again
+    again = evaluated(letters, monkeypatch, *flags, "--nfe", 2)
+    assert again["results"][3]["gen_ppl"] == results[5]["gen_ppl"]
+    assert len(json.loads(cache.read_text())) >= 3 * 6
+
+
+def test_evaluate_samples(letters, judge, monkeypatch):
+    """A text file, a folder and a .npy with the same samples score alike, and as their model's; without --data, by the judge's tokens."""
+    model, saved = load_model(letters / "runs/t-diagonal/checkpoint.pt")
+    rows = sample.draw_samples(model, 2, 5, 5, 0, euler=True)
+    (letters / "folder").mkdir(exist_ok=True)
+    for i, row in enumerate(rows):
+        (letters / f"folder/{i}.txt").write_text(decode(saved["meta"], row))
+    for name in ("s.txt", "s.npy"):
+        sample.write_samples(letters / name, rows, saved["meta"])
+    flags = [
+        "--samples",
+        "s.txt",
+        "folder",
+        "s.npy",
+        "--judge",
+        judge,
+        "--num-samples",
+        5,
+        "--nfe",
+        2,
+        "--checkpoint",
+        "runs/t-diagonal/checkpoint.pt",
+    ]
+    results = evaluated(letters, monkeypatch, *flags)["results"][3:]
+    assert [r["model"] for r in results] == ["s.txt", "folder", "s.npy", "t-diagonal"]
+    for key in ("gen_ppl", "entropy", "distinct_4", "copied_4", "self_bleu"):
+        assert len({r[key] for r in results}) == 1, key
+    found = evaluated(letters, monkeypatch, "--samples", "s.txt", "folder", "--judge", judge, "--judge-length", 32)["results"]
+    assert [r["gen_ppl"] for r in found] == [results[0]["gen_ppl"]] * 2
+    assert found[0]["copied_4"] is None
+
+
+def test_evaluate_samples_of_the_grammar(work, monkeypatch):
+    """Sentences in a file are scored exactly: the good one is, the others are not."""
+    (work / "lines.txt").write_text("this king reads the book .\nthis kings reads the book .\nthe the the\n")
+    found = evaluated(work, monkeypatch, "--samples", "lines.txt", "--data", "data/grammar", "--num-samples", 8)["results"]
+    assert found[0]["grammatical"] == 1
+    assert found[3]["grammatical"] == pytest.approx(1 / 3)
+
+
+def test_a_trained_judge_ranks_text(letters, monkeypatch):
+    """A judge of 60 steps reads as from_pretrained does, and real text is likelier to it than shuffled, and that than random."""
+    flags = [
+        "--data",
+        "data/t",
+        "--out",
+        "trained",
+        "--steps",
+        60,
+        "--vocab-size",
+        300,
+        "--layers",
+        1,
+        "--width",
+        64,
+        "--context",
+        32,
+        "--device",
+        "cpu",
+    ]
+    python("benchmarks/train_judge.py", *flags, cwd=letters)
+    real, shuffled, unigram = evaluated(letters, monkeypatch, "--samples", "t.txt", "--data", "data/t", "--judge", "trained")["results"][:3]
+    assert real["gen_ppl_interval"][1] < shuffled["gen_ppl_interval"][0]
+    assert shuffled["gen_ppl_interval"][1] < unigram["gen_ppl_interval"][0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -812,6 +1010,16 @@ BAD = [
     (distill, ["--data", "grammar", "--loss", "psd", "--context", "any"], "--context is fixed"),
     (distill, ["--data", "grammar", "--loss", "esd", "--guidance", "2"], "teaches itself"),
     (distill, ["--data", "grammar", "--loss", "psd", "--guidance", "2", "--checkpoint", "trained/checkpoint.pt"], "without contexts"),
+    (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--output", "table.md"], "table.json"),
+    (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--data", "absent"], "prepare_data.py absent"),
+    (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--data", "other"], "seq_len"),
+    (evaluate, ["--samples", "absent.txt", "--data", "grammar"], "absent.txt"),
+    (evaluate, ["--samples", "empty.txt", "--data", "grammar"], "no sample"),
+    (evaluate, ["--samples", "short.txt", "--data", "grammar"], "'b'"),
+    (evaluate, ["--samples", "picture.png", "--data", "grammar"], "picture.png"),
+    (evaluate, ["--samples", "floats.npy", "--data", "grammar"], "float64"),
+    (evaluate, ["--samples", "short.txt", "--bound", "4"], "--bound"),
+    (evaluate, ["--samples", "short.txt", "--judge", "nowhere/judge"], "nowhere/judge"),
     (prepare_data, ["grammar", "--out", "trained", "--force"], "trained"),
     (prepare_data, ["file", "--source", "numbers.jsonl", "--tokenizer", "char"], "not text"),
     (train_diagonal, ["--data", "large", "--device", "cpu", "--size", "tiny", "--batch-size", "512"], "vocabulary"),
@@ -860,6 +1068,7 @@ def bad(work, conditional, tmp_path_factory):
     with open(folder / "edited/val.bin", "r+b") as file:
         file.write(b"\x01")
     (folder / "numbers.jsonl").write_text('{"text": 3}\n')
+    np.save(folder / "floats.npy", np.ones((2, 3)))
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("a b")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)
