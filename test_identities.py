@@ -25,6 +25,7 @@ from model import (
     DiT,
     Divergence,
     Draw,
+    GeluLinear,
     ModelConfig,
     argmax_accuracy,
     attention,
@@ -1151,3 +1152,16 @@ def test_steering_on_the_oracle():
     shares = {n: float((r == SEQUENCES[3]).all(-1).float().mean()) for n, r in rows.items()}
     assert shares[1] < 0.25
     assert shares[6] > 0.7
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gelu_linear(bf16):
+    """The linear layer after a gelu that is computed twice, against autograd of the two, also under autocast."""
+    x, w, b = (torch.randn(*shape, dtype=torch.float32 if bf16 else torch.float64, requires_grad=True) for shape in ((2, 3, 8), (4, 8), (4,)))
+    results = []
+    for f in (GeluLinear.apply, lambda x, w, b: torch.nn.functional.linear(torch.nn.functional.gelu(x, approximate="tanh"), w, b)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = f(x.bfloat16() if bf16 else x, w, b)
+        results.append([out, *torch.autograd.grad(out.float().sin().sum() if bf16 else out.sin().sum(), (x, w, b))])
+    assert all(a.dtype == c.dtype for a, c in zip(*results, strict=True))
+    assert all(torch.allclose(a, c, atol=0.02 if bf16 else 1e-12, rtol=0.02 if bf16 else 1e-9) for a, c in zip(*results, strict=True))

@@ -87,7 +87,7 @@ def main():
             found = blocks(model, contexts, real.shape[1], nfe, omega, "loss" not in checkpoint["args"], args.seed)
             line(f"guidance {omega:g}, {nfe} NFE", found, **({"agreement": float((found == reference).mean())} if args.against else {}))
     line("real", real, **({"agreement": float((real == reference).mean())} if args.against else {}))
-    print("\n".join(table(results)))
+    print(table(results))
     if args.output:
         args.output.write_text(json.dumps({"flags": {k: str(v) for k, v in vars(args).items()}, "results": results}, indent=1) + "\n")
 
