@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from model import Divergence, head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
-from prepare_data import Parser, UserError, number, read_meta, run
+from prepare_data import Parser, UserError, number, read_meta, run, same_tokens
 from train_diagonal import diagonal, model_flags, new_model, parse_training_args, quarters, start_ranks, train, training_flags
 
 # ------------------------------------------------------------------------------------------------
@@ -260,10 +260,7 @@ def main():
     else:
         args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
         model, checkpoint = load_model(args.checkpoint)
-        for key in ("tokenizer", "vocab_size", "seq_len"):
-            if checkpoint["meta"][key] != meta[key]:
-                raise UserError(f"{args.checkpoint} was trained on rows of {key} {checkpoint['meta'][key]}, {args.data} has {key} {meta[key]}; "
-                                "name the data set that it was trained on with --data")  # fmt: skip
+        same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta)
         args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
         model.train().requires_grad_(True).embedding.requires_grad_(False)
     # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from model import resolve_machine
-from prepare_data import Parser, UserError, decode, grammar_entropy, grammar_log_prob, grammar_rows, number, read_meta, read_rows, run
+from prepare_data import Parser, UserError, decode, grammar_entropy, grammar_log_prob, grammar_rows, number, read_meta, read_rows, run, same_tokens
 from sample import check_output, draw_samples, is_euler, load_sampler, sampling_flags
 
 
@@ -133,8 +133,8 @@ def main():
     args = parser.parse_args()
     resolve_machine(args)
     args.output = args.output or args.checkpoint[-1].parent / "evaluation.json"
-    check_output("--output", args.output)
-    check_output("--plot", args.plot)
+    check_output("--output", args.output, args.checkpoint)
+    check_output("--plot", args.plot, [args.output, *args.checkpoint])
     pyplot = load_pyplot() if args.plot else None
     loaded = [load_sampler(path, args) for path in args.checkpoint]
     kinds = {checkpoint["meta"]["tokenizer"] == "grammar" for _, checkpoint in loaded}
@@ -145,7 +145,10 @@ def main():
     results, shown = [], []
     if on_grammar:
         folder = args.data or Path(loaded[-1][1]["args"]["data"])
-        train_rows = read_rows(folder, "train", read_meta(folder))
+        meta = read_meta(folder)
+        for path, (_, checkpoint) in zip(args.checkpoint, loaded, strict=True):
+            same_tokens(path, checkpoint["meta"], folder, meta)
+        train_rows = read_rows(folder, "train", meta)
         fresh = grammar_rows(args.num_samples, [args.seed, 2])  # what a perfect model would write; train and val are draws 0 and 1
         results = [{"model": "the grammar itself", "sampler": "", "nfe": 0, "entropy": unigram_entropy(fresh)} | grammar_scores(fresh, train_rows)]
         shown = [[]]

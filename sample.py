@@ -9,6 +9,7 @@ Reads a checkpoint of either stage. Prints decoded text, and writes it to --outp
 The state stays in the embedding: y of shape (B, L, D), never (B, L, V).
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,16 @@ def sampling_flags(parser, count):
     machine_flags(parser.add_argument_group("machine"))
 
 
-def check_output(flag, path):
-    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
+def check_output(flag, path, inputs):
+    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write or is one of the `inputs`."""
+    if not path:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path}: " + ("it is a folder, name a file" if path.is_dir() else f"there is no folder {path.parent}; make it first"))
+    if any(path.resolve() == other.resolve() for other in inputs if other):
+        raise UserError(f"{flag} {path}: it is named by another flag too; name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: it cannot be written; name another file")
 
 
 def write_samples(path, rows, meta):
@@ -100,7 +107,7 @@ def main():
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
-    check_output("--output", args.output)
+    check_output("--output", args.output, [args.checkpoint])
     model, checkpoint = load_sampler(args.checkpoint, args)
     decode(checkpoint["meta"], [0])  # a missing tokenizer shows before the work, not after
     for nfe in args.nfe:
