@@ -13,6 +13,7 @@ Conventions, everywhere in this project (equation numbers: Discrete Flow Maps, a
 """
 
 import functools
+import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -705,10 +706,12 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "model_config": dict, "meta": dict, "args": dict}
         missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+        json.dumps([checkpoint.get(key) for key in ("model_config", "meta", "args")])  # plain builtins, or TypeError
     except Exception as error:  # a damaged or foreign file fails in zipfile, pickle or torch, each in its own way
         raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}); train one anew or name another") from None
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it has another checksum than when it was written; take an older one")
+    missing = missing or ["args.data"] * (not isinstance(checkpoint["args"].get("data"), str))
     if fault := f"it lacks {', '.join(missing)}" if missing else meta_fault(checkpoint["meta"]):
         raise UserError(f"{path} is not a checkpoint of this project: {fault}; name another")
     return checkpoint

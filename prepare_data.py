@@ -341,6 +341,7 @@ def load_documents(args):
     except UserError:
         raise
     except Exception as error:  # datasets, huggingface_hub, pyarrow and requests each raise their own kinds
+        error = error.__cause__ or error  # datasets hides what it met behind an error of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise UserError(f"cannot load {args.source[0]!r}: {type(error).__name__}: {reason[:200]}; check the name, the file and the "
                         "network, or give local files with --source") from None  # fmt: skip
