@@ -315,6 +315,7 @@ def frame(rows, bos, eos):
 
 def load_documents(args):
     """The sources as `datasets`: {"train": Dataset, "val": Dataset or None}."""
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else `datasets` reports each use of its readers to a host on the network
     import datasets
 
     local = [Path(source) for source in args.source if Path(source).exists()]
@@ -425,13 +426,13 @@ def meta_fault(meta):
     """What keeps `meta` from being what a meta.json of ours holds, in a few words; None where nothing does."""
     if not isinstance(meta, dict):
         return "it is not the meta.json of a data set"
-    if missing := {"vocab_size", "seq_len", "train_rows", "val_rows", "tokenizer", "sha256"} - meta.keys():
+    if missing := {"vocab_size", "seq_len", "train_rows", "val_rows", "tokenizer", "bos_id", "eos_id", "pad_id", "sha256"} - meta.keys():
         return f"it lacks {', '.join(sorted(missing))}"
     for key, high in dict(vocab_size=65536, seq_len=1 << 20, train_rows=10**12, val_rows=10**12).items():
         if type(meta[key]) is not int or not 1 <= meta[key] <= high:
             return f"{key} is not an integer from 1 to {high}"
     for key in ("bos_id", "eos_id", "pad_id"):
-        if (value := meta.get(key)) is not None and (type(value) is not int or not 0 <= value < meta["vocab_size"]):
+        if (value := meta[key]) is not None and (type(value) is not int or not 0 <= value < meta["vocab_size"]):
             return f"{key} is no token of the vocabulary"
     if not (isinstance(meta["sha256"], dict) and all(isinstance(meta["sha256"].get(k), str) for k in ("train", "val"))):
         return "sha256 does not give that of train and of val"

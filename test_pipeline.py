@@ -355,9 +355,10 @@ def test_a_second_signal_ends_at_once():
 
 
 RANK_SCRIPT = """
-import os, sys, time
+import atexit, os, sys, time
 sys.path.insert(0, {here!r})
-rank = os.environ["RANK"]
+rank, when = os.environ["RANK"], {when!r}
+atexit.register(lambda: open(when + rank, "w").write(str(time.time())))
 def audit(event, args):
     changes = event in ("os.mkdir", "os.rename", "os.remove", "os.link") or event == "open" and set(args[1] or "") & set("wax+")
     if rank != "0" and changes and {out!r} in str(args[0]):
@@ -368,7 +369,7 @@ import train_diagonal
 real = train_diagonal.diagonal
 def diagonal(model, tokens, draw, power):
     if rank == "1" and draw.step == 3:
-        open(os.environ["WHEN"], "w").write(str(time.time()))
+        open(when, "w").write(str(time.time()))
         {fault}
     return real(model, tokens, draw, power)
 train_diagonal.diagonal = diagonal
@@ -377,20 +378,20 @@ train_diagonal.run(train_diagonal.main)
 """
 
 
-@pytest.mark.parametrize(("fault", "shown"), [("raise ValueError('a fault of rank 1')", "a fault of rank 1"), ("time.sleep(40)", "or hangs")])
-def test_one_rank_fails(work, tmp_path, monkeypatch, fault, shown):
-    """A rank that raises ends all within 20 seconds, its error shown; one that hangs does so --timeout later. Only rank 0 writes."""
+@pytest.mark.parametrize(("fault", "shown"), [("raise ValueError('a fault of rank 1')", "a fault of rank 1"), ("time.sleep(12)", "or hangs")])
+def test_one_rank_fails(work, tmp_path, fault, shown):
+    """A rank that raises ends the others within 5 seconds, its error shown first; one that hangs, 5 after --timeout. Only rank 0 writes."""
     flags = ["--data", str(work / "data/grammar"), *TINY, "--out", "run", "--steps", "99", "--save-every", "2", "--timeout", "5"]
-    (tmp_path / "rank.py").write_text(RANK_SCRIPT.format(here=str(HERE), out="run", flags=flags, fault=fault))
-    monkeypatch.setenv("WHEN", str(tmp_path / "when"))
+    when = str(tmp_path / "when")
+    (tmp_path / "rank.py").write_text(RANK_SCRIPT.format(here=str(HERE), out="run", flags=flags, fault=fault, when=when))
     process = start(tmp_path / "rank.py", cwd=tmp_path, ranks=2)
     assert process.wait(timeout=120) != 0
-    took = time.time() - float((tmp_path / "when").read_text())
+    took = float(Path(when + "0").read_text()) - float(Path(when).read_text())
     output = (tmp_path / "output").read_text()
     assert shown in output
     assert "rank 1 writes" not in output
     assert output.index(shown) < output.index("another rank ended" if "raise" in fault else "ChildFailedError")
-    assert took < 20 + ("sleep" in fault) * 5, took
+    assert took < 5 + ("sleep" in fault) * 5, took
     assert checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 2
 
 
@@ -501,8 +502,9 @@ def test_any_checkpoint(work, monkeypatch):
     good, kinds = checkpoint(path), (None, 3, -1, "x", [1], {}, {"x": torch.ones(2)}, torch.ones(2), math.nan)
     cases = [(key, value) for key in good for value in kinds]
     for key in ("meta", "model_config", "args"):
-        cases += [(key, good[key] | {name: value}) for name in good[key] for value in chance.sample(kinds, 3)]
-        cases += [(key, {k: v for k, v in good[key].items() if k != name}) for name in good[key]]
+        for name in chance.sample(sorted(good[key]), 10):
+            cases += [(key, good[key] | {name: value}) for value in chance.sample(kinds, 2)]
+            cases += [(key, {k: v for k, v in good[key].items() if k != name})]
     model = build_model(good["model_config"])
     optimizer = torch.optim.Adam(model.parameters())
     args, refused = SimpleNamespace(**good["args"] | {"out": path.parent}), 0
@@ -1082,7 +1084,7 @@ def test_prepare_data_killed(tmp_path):
     (tmp_path / "parts.old").mkdir(exist_ok=True)  # what a run killed at its very end leaves
     (tmp_path / "parts.old/meta.json").write_text("{}")
     process = start(*flags, "--out", "parts", "--force", cwd=tmp_path)
-    while not (tmp_path / "parts.partial").exists() and process.poll() is None:
+    while f" {process.pid} " not in Path("/proc/locks").read_text() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
     second = python(*flags, "--out", "parts", "--force", cwd=tmp_path, ok=False)
