@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from model import Divergence, head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
-from prepare_data import Parser, UserError, number, read_meta, run
+from prepare_data import Parser, UserError, number, read_meta, run, same_tokens
 from train_diagonal import (
     by_context,
     check_context,
@@ -311,10 +311,7 @@ def main():
     else:
         args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
         model, checkpoint = load_model(args.checkpoint)
-        for key in ("tokenizer", "vocab_size", "seq_len"):
-            if checkpoint["meta"][key] != meta[key]:
-                raise UserError(f"{args.checkpoint} was trained on rows of {key} {checkpoint['meta'][key]}, {args.data} has {key} {meta[key]}; "
-                                "name the data set that it was trained on with --data")  # fmt: skip
+        same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta)
         for key in CONTEXT:
             setattr(args, key, checkpoint["args"].get(key))
         if args.guidance != 1 and not (args.context and args.context_dropout):

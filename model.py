@@ -13,6 +13,7 @@ Conventions, everywhere in this project (equation numbers: Discrete Flow Maps, a
 """
 
 import functools
+import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import UserError
+from prepare_data import UserError, meta_fault
 
 # ------------------------------------------------------------------------------------------------
 # The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47) and every coefficient that the flow needs.
@@ -804,13 +805,16 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "ema", "step", "model_config", "meta", "args"} - checkpoint.keys()
+        kinds = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "model_config": dict, "meta": dict, "args": dict}
+        missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+        json.dumps([checkpoint.get(key) for key in ("model_config", "meta", "args")])  # plain builtins, or TypeError
     except Exception as error:  # a damaged or foreign file fails in zipfile, pickle or torch, each in its own way
         raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}); train one anew or name another") from None
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it has another checksum than when it was written; take an older one")
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this project")
+    missing = missing or ["args.data"] * (not isinstance(checkpoint["args"].get("data"), str))
+    if fault := f"it lacks {', '.join(missing)}" if missing else meta_fault(checkpoint["meta"]):
+        raise UserError(f"{path} is not a checkpoint of this project: {fault}; name another")
     return checkpoint
 
 
@@ -824,8 +828,10 @@ def load_model(path, device="cpu", ema=True):
     try:
         model = build_model(checkpoint["model_config"])
         model.load_state_dict(checkpoint["ema" if ema else "model"], strict=True)
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise UserError(f"{path} does not fit its own model_config: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a config that is not ours fails in its own way
+        raise UserError(f"{path} does not fit its own model_config: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path} holds weights that are not finite; take an older one")
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 

@@ -21,6 +21,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -267,10 +268,16 @@ def sampling_flags(parser, count, sweep=False):
     machine_flags(parser.add_argument_group("machine"))
 
 
-def check_output(flag, path):
-    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
+def check_output(flag, path, inputs):
+    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write or is one of the `inputs`."""
+    if not path:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path}: " + ("it is a folder, name a file" if path.is_dir() else f"there is no folder {path.parent}; make it first"))
+    if any(path.resolve() == other.resolve() for other in inputs if other):
+        raise UserError(f"{flag} {path}: it is named by another flag too; name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: it cannot be written; name another file")
 
 
 def write_samples(path, rows, meta):
@@ -391,7 +398,7 @@ def main():
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
-    check_output("--output", args.output)
+    check_output("--output", args.output, [args.checkpoint, args.prompt_file])
     if args.reward and not args.gamma:
         raise UserError("--reward: without renoising, the copies of a particle stay the same; give --gamma above 0, 0.5 say")
     reward = load_reward(args.reward) if args.reward else None

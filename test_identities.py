@@ -41,7 +41,7 @@ from model import (
 from prepare_data import grammar, grammar_entropy, grammar_log_prob, grammar_longest, grammar_rows, grammar_words, pack
 from sample import generate
 
-torch.set_num_threads(1)  # small tensors; the other core runs test_pipeline.py
+torch.set_num_threads(1)  # small tensors; the other core has tests of its own
 PATHS = sorted(INTERPOLANTS)
 V, L = 5, 3
 SEQUENCES = torch.tensor([[0, 1, 2], [0, 3, 4], [1, 1, 4], [2, 0, 2]])
@@ -562,6 +562,7 @@ def learned_diagonal():
     return model
 
 
+@pytest.mark.xdist_group("learned_diagonal")
 @pytest.mark.parametrize(
     ("loss", "form", "lr", "weighted"), [("psd", "logit", 3e-3, False), ("lsd", "signed", 3e-3, False), ("esd", "logit", 5e-4, True)]
 )
