@@ -459,6 +459,7 @@ def parse_args():
     named = [*(args.checkpoint or []), *(args.samples or [])]
     for flag, path in (("--output", args.output), ("--output", args.output.with_suffix(".md")), ("--plot", args.plot)):
         check_output(flag, path, named)
+        named.append(path)
     resolve_machine(args)
     return args
 
