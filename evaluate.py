@@ -181,9 +181,9 @@ def control_rows(meta, train, val, count, seed):
     real = val[np.sort(rng.permutation(len(val))[:count])].astype(np.int64)
     cut, shuffled = slice(frame, meta["seq_len"] - frame), []
     for row in real:
-        words = decode(meta, row[cut]).split()
-        body = encode(meta, " ".join(words[i] for i in rng.permutation(len(words))))
-        shuffled.append(np.concatenate([row[:frame], body, row[len(row) - frame :]]))
+        parts = re.split(r"(\s+)", decode(meta, row[cut]))  # words, and between them white space, which stays
+        parts[::2] = [parts[2 * i] for i in rng.permutation(len(parts[::2]))]
+        shuffled.append(np.concatenate([row[:frame], encode(meta, "".join(parts)), row[len(row) - frame :]]))
     counts = np.bincount(train[:, cut].ravel(), minlength=meta["vocab_size"])
     unigram = real.copy()
     unigram[:, cut] = rng.choice(len(counts), size=unigram[:, cut].shape, p=counts / counts.sum())
@@ -290,7 +290,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
         -log p(x1)  <=  int_0^r* r E|(x1 - psi(x_r)) Q|^2 dr  +  E[-log psi(x1 | x_r*), summed over positions]
 
     p being what the stochastic sampler with this psi writes when it stops at r* and draws each token from psi
-    (in nats of data whose denoiser psi is, the same by I-MMSE). tokens (N, L); bounds are of a row each, for K values of r*.
+    (and by I-MMSE -log p of the data themselves, where psi is their denoiser). tokens (N, L); bounds are of a row each, for K values of r*.
 
     The channel is what noise can be drawn in. The network sees y = x W, noise of covariance N = W^T W (plus
     the jitter), so a unit Gaussian channel once whitened: Q = W C^{-T}, N = C C^T, and |v Q|^2 = v W N^+ W^T v. That is

@@ -162,10 +162,11 @@ def test_watch(work, monkeypatch, capsys):
 
 
 def test_written_samples(tmp_path):
-    """One sample a line, whatever the sample holds."""
+    """One sample a line, whatever the sample holds, and read back the same."""
     meta = dict(tokenizer="char", vocab=["a", "\n", "\\"], join="", pad_id=None)
     sample.write_samples(tmp_path / "s.txt", np.array([[0, 1, 2], [2, 0, 0]]), meta)
     assert (tmp_path / "s.txt").read_text().splitlines() == ["a\\n\\\\", "\\\\aa"]
+    assert evaluate.read_samples(tmp_path / "s.txt", None) == (None, ["a\n\\", "\\aa"])
 
 
 def test_training_learns(tmp_path, work):
