@@ -156,20 +156,26 @@ def self_bleu(rows, count):
 # Samples that are not a model's.
 
 
-def encode(meta, text):
-    """Token ids of a text, special tokens read as such: the inverse of `decode`, but for other ways to cut the same text."""
+def encoder(meta):
+    """A function text -> token ids, special tokens read as such: the inverse of `decode`, but for other ways to cut the same text."""
     if meta["tokenizer"] == "gpt2":
-        return np.array(gpt2_encoding().encode(text, allowed_special="all"), np.int64)
+        return lambda text: np.array(gpt2_encoding().encode(text, allowed_special="all"), np.int64)
+    table = {piece: i for i, piece in enumerate(meta["vocab"])}
     if meta["tokenizer"] == "bert":
         from tokenizers import BertWordPieceTokenizer  # comes with transformers
 
-        return np.array(BertWordPieceTokenizer({w: i for i, w in enumerate(meta["vocab"])}).encode(text, add_special_tokens=False).ids, np.int64)
-    table, pieces = {piece: i for i, piece in enumerate(meta["vocab"])}, text.split(meta["join"]) if meta["join"] else text
-    unknown = next((piece for piece in pieces if piece not in table), None)
-    if unknown is not None:
-        raise UserError(f"a sample holds {unknown!r}, which the vocabulary of the data set lacks; name the one it belongs to with --data")
-    filling = [] if meta["pad_id"] is None else [meta["pad_id"]] * (meta["seq_len"] - len(pieces))
-    return np.array([table[piece] for piece in pieces] + filling, np.int64)
+        tokenizer = BertWordPieceTokenizer(table)
+        return lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode(text):
+        pieces = text.split(meta["join"]) if meta["join"] else text
+        unknown = next((piece for piece in pieces if piece not in table), None)
+        if unknown is not None:
+            raise UserError(f"a sample holds {unknown!r}, which the vocabulary of the data set lacks; name the one it belongs to with --data")
+        filling = [] if meta["pad_id"] is None else [meta["pad_id"]] * (meta["seq_len"] - len(pieces))
+        return np.array([table[piece] for piece in pieces] + filling, np.int64)
+
+    return encode
 
 
 def control_rows(meta, train, val, count, seed):
@@ -177,13 +183,13 @@ def control_rows(meta, train, val, count, seed):
 
     A frame of BOS and EOS stays where it is. Shuffled text is cut into tokens anew, so its rows differ in length.
     """
-    rng, frame = np.random.default_rng([seed, 1]), int(meta["bos_id"] is not None)
+    encode, rng, frame = encoder(meta), np.random.default_rng([seed, 1]), int(meta["bos_id"] is not None)
     real = val[np.sort(rng.permutation(len(val))[:count])].astype(np.int64)
     cut, shuffled = slice(frame, meta["seq_len"] - frame), []
     for row in real:
         parts = re.split(r"(\s+)", decode(meta, row[cut]))  # words, and between them white space, which stays
         parts[::2] = [parts[2 * i] for i in rng.permutation(len(parts[::2]))]
-        shuffled.append(np.concatenate([row[:frame], encode(meta, "".join(parts)), row[len(row) - frame :]]))
+        shuffled.append(np.concatenate([row[:frame], encode("".join(parts)), row[len(row) - frame :]]))
     counts = np.bincount(train[:, cut].ravel(), minlength=meta["vocab_size"])
     unigram = real.copy()
     unigram[:, cut] = rng.choice(len(counts), size=unigram[:, cut].shape, p=counts / counts.sum())
@@ -210,7 +216,7 @@ def read_samples(path, meta):
         raise UserError(f"--samples {path}: cannot be read ({error}); expected a text file, a folder of text files, or a .npy of ids") from None
     if not texts:
         raise UserError(f"--samples {path} holds no sample; expected one a line, or one a file in a folder")
-    return None if meta is None else [encode(meta, text) for text in texts], texts
+    return None if meta is None else list(map(encoder(meta), texts)), texts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -343,7 +349,7 @@ def bound_rows(name, model, rows, meta, args):
                 "standard_error": float(best.std(ddof=1) / math.sqrt(len(best))), "perplexity": math.exp(best.mean())}  # fmt: skip
         if meta["tokenizer"] == "grammar":  # what the source itself gives those rows, and by how much more the bound is, in per cent
             source = -np.array([grammar_log_prob(row) for row in rows]) / tokens
-            line |= {"source": float(source.mean()), "above": 100 * float(best.mean() / source.mean() - 1)}
+            line |= {"source": float(source.mean()), "per_cent_above": 100 * float(best.mean() / source.mean() - 1)}
         lines.append(line | {"profile": profile})
     return lines
 
