@@ -255,9 +255,10 @@ def at_entropy(entropy, score, target, worst):
         return worst.reduce(np.where((w >= 0) & (w <= 1), score[:-1] + w * np.diff(score, axis=0), np.nan))
 
 
-def frontiers(results, kept, on_grammar):
-    """One line a model, NFE and swept knob: the score where the sweep meets the entropy of the first row, the data's."""
-    lines, target = [], kept[0][0]
+def frontiers(results, kept, val, on_grammar):
+    """One line a model, NFE and swept knob: the score where the sweep meets the data's entropy, that of up to 5,000 validation rows."""
+    data = entropies(val[:: -(-len(val) // 5000)])
+    lines, target = [], means(resamples(1, len(data)), data)
     label = "grammatical" if on_grammar else "log_ppl"
     for model, nfe in dict.fromkeys((r["model"], r["nfe"]) for r in results if r["nfe"]):
         for knob in NEUTRAL:
@@ -361,7 +362,7 @@ def bound_rows(name, model, rows, meta, args):
 def show(value):
     """A cell of a table."""
     if isinstance(value, list):
-        return "–".join(map(show, value))
+        return ("–" if len(value) == 2 else ", ").join(map(show, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
     return "" if value is None else str(value)
@@ -409,8 +410,8 @@ def plot(pyplot, path, results, frontier, bounds):
         axes = others.pop(0)
         for line in frontier:
             axes.plot(line["entropies"], line["scores"], marker=".", label=f"{line['model']}, {line['nfe']} NFE, {line['knob']}")
-        if controls:  # the first row is the data's
-            axes.plot(controls[0]["entropy"], np.log(controls[0][score]) if text else controls[0][score], "k*", markersize=12, label="data")
+        data = results[0][score]  # of the validation rows, which come first
+        axes.plot(line["data_entropy"], np.log(data) if text else data, "k*", markersize=12, label="data")
         axes.set(xlabel="entropy of a sample's tokens, nats", ylabel=f"log of {label}" if text else label)
     for line in bounds:
         r, profile = line["profile"]["r"], line["profile"]
@@ -562,7 +563,7 @@ def main():
                 rows = np.concatenate([draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed + k, euler, args.dtype, **knobs)
                                        for k in range(args.seeds)])  # fmt: skip
                 score(name, rows, None, "euler" if euler else "flow-map", nfe, time.perf_counter() - start, swept, knobs)
-    frontier = [] if not folder else frontiers(results, kept, on_grammar)
+    frontier = [] if not folder else frontiers(results, kept, val, on_grammar)
     bounds = []
     if args.bound:
         rows = val[np.sort(np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound])]

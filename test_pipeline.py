@@ -531,7 +531,7 @@ def tiktoken_environment(folder):
 
 
 @needs_data
-def test_real_text_gpt2(tmp_path):
+def test_real_text_gpt2(tmp_path, judge, monkeypatch):
     """Wikipedia through GPT-2's tokenizer: framed rows that decode to the articles, both stages, sampling, gen-PPL."""
     env, documents = tiktoken_environment(tmp_path), wiki_documents(30)
     (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
@@ -547,7 +547,13 @@ def test_real_text_gpt2(tmp_path):
     python("distill.py", "--loss", "esd", *flags, cwd=tmp_path)
     out = python("sample.py", "--checkpoint", "runs/wiki-esd/checkpoint.pt", "--nfe", 2, cwd=tmp_path, env=env).stdout
     assert "2 NFE" in out
-    os.environ.update(env)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    real, shuffled, unigram, model = evaluated(
+        tmp_path, monkeypatch, "--checkpoint", "runs/wiki-esd/checkpoint.pt", "--judge", judge, "--num-samples", 4
+    )["results"]
+    assert min(r["gen_ppl"] for r in (real, shuffled, unigram, model)) > 1
+    assert real["copied_4"] > shuffled["copied_4"] >= unigram["copied_4"]
     text = "".join(decode(meta, row[1:-1]) for row in rows)
     assert text.startswith(documents[0][:500])
 
