@@ -32,7 +32,7 @@ from prepare_data import (
     Parser,
     UserError,
     decode,
-    encode,
+    encoder,
     grammar_entropy,
     grammar_log_prob,
     number,
@@ -169,11 +169,12 @@ def self_bleu(rows, count):
 # Samples that are not a model's.
 
 
-def sample_ids(meta, text):
-    """Token ids (n,) of a sample's text, special tokens read as such: the inverse of `decode`, but for other ways to cut the same text."""
-    ids = encode(meta, text, frame=False)
-    filling = [meta["pad_id"]] * (meta["seq_len"] - len(ids)) if meta["tokenizer"] == "grammar" else []
-    return np.array(ids + filling, np.int64)
+def sample_ids(meta):
+    """A function text -> token ids (n,) of a whole sample, padded to a row where rows are."""
+    encode, L = encoder(meta), meta["seq_len"]
+    if meta["tokenizer"] != "grammar":
+        return lambda text: np.array(encode(text), np.int64)
+    return lambda text: np.array((ids := encode(text)) + [meta["pad_id"]] * (L - len(ids)), np.int64)
 
 
 def control_rows(meta, train, val, count, seed):
@@ -181,13 +182,13 @@ def control_rows(meta, train, val, count, seed):
 
     A frame of BOS and EOS stays where it is. Shuffled text is cut into tokens anew, so its rows differ in length.
     """
-    rng, frame = np.random.default_rng([seed, 1]), int(meta["bos_id"] is not None)
+    encode, rng, frame = sample_ids(meta), np.random.default_rng([seed, 1]), int(meta["bos_id"] is not None)
     real = val[np.sort(rng.permutation(len(val))[:count])].astype(np.int64)
     cut, shuffled = slice(frame, meta["seq_len"] - frame), []
     for row in real:
-        words = decode(meta, row[cut]).split()
-        body = sample_ids(meta, " ".join(words[i] for i in rng.permutation(len(words))))
-        shuffled.append(np.concatenate([row[:frame], body, row[len(row) - frame :]]))
+        parts = re.split(r"(\s+)", decode(meta, row[cut]))  # words, and between them white space, which stays
+        parts[::2] = [parts[2 * i] for i in rng.permutation(len(parts[::2]))]
+        shuffled.append(np.concatenate([row[:frame], encode("".join(parts)), row[len(row) - frame :]]))
     counts = np.bincount(train[:, cut].ravel(), minlength=meta["vocab_size"])
     unigram = real.copy()
     unigram[:, cut] = rng.choice(len(counts), size=unigram[:, cut].shape, p=counts / counts.sum())
@@ -214,7 +215,7 @@ def read_samples(path, meta):
         raise UserError(f"--samples {path}: cannot be read ({error}); expected a text file, a folder of text files, or a .npy of ids") from None
     if not texts:
         raise UserError(f"--samples {path} holds no sample; expected one a line, or one a file in a folder")
-    return None if meta is None else [sample_ids(meta, text) for text in texts], texts
+    return None if meta is None else list(map(sample_ids(meta), texts)), texts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,9 +254,10 @@ def at_entropy(entropy, score, target, worst):
         return worst.reduce(np.where((w >= 0) & (w <= 1), score[:-1] + w * np.diff(score, axis=0), np.nan))
 
 
-def frontiers(results, kept, on_grammar):
-    """One line a model, NFE and swept knob: the score where the sweep meets the entropy of the first row, the data's."""
-    lines, target = [], kept[0][0]
+def frontiers(results, kept, val, on_grammar):
+    """One line a model, NFE and swept knob: the score where the sweep meets the data's entropy, that of up to 5,000 validation rows."""
+    data = entropies(val[:: -(-len(val) // 5000)])
+    lines, target = [], means(resamples(1, len(data)), data)
     label = "grammatical" if on_grammar else "log_ppl"
     for model, nfe in dict.fromkeys((r["model"], r["nfe"]) for r in results if r["nfe"]):
         for knob in NEUTRAL:
@@ -294,7 +296,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
         -log p(x1)  <=  int_0^r* r E|(x1 - psi(x_r)) Q|^2 dr  +  E[-log psi(x1 | x_r*), summed over positions]
 
     p being what the stochastic sampler with this psi writes when it stops at r* and draws each token from psi
-    (in nats of data whose denoiser psi is, the same by I-MMSE). tokens (N, L); bounds are of a row each, for K values of r*.
+    (and by I-MMSE -log p of the data themselves, where psi is their denoiser). tokens (N, L); bounds are of a row each, for K values of r*.
 
     The channel is what noise can be drawn in. The network sees y = x W, noise of covariance N = W^T W (plus
     the jitter), so a unit Gaussian channel once whitened: Q = W C^{-T}, N = C C^T, and |v Q|^2 = v W N^+ W^T v. That is
@@ -347,7 +349,7 @@ def bound_rows(name, model, rows, meta, args):
                 "standard_error": float(best.std(ddof=1) / math.sqrt(len(best))), "perplexity": math.exp(best.mean())}  # fmt: skip
         if meta["tokenizer"] == "grammar":  # what the source itself gives those rows, and by how much more the bound is, in per cent
             source = -np.array([grammar_log_prob(row) for row in rows]) / tokens
-            line |= {"source": float(source.mean()), "above": 100 * float(best.mean() / source.mean() - 1)}
+            line |= {"source": float(source.mean()), "per_cent_above": 100 * float(best.mean() / source.mean() - 1)}
         lines.append(line | {"profile": profile})
     return lines
 
@@ -359,7 +361,7 @@ def bound_rows(name, model, rows, meta, args):
 def show(value):
     """A cell of a table."""
     if isinstance(value, list):
-        return "–".join(map(show, value))
+        return ("–" if len(value) == 2 else ", ").join(map(show, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
     return "" if value is None else str(value)
@@ -407,8 +409,8 @@ def plot(pyplot, path, results, frontier, bounds):
         axes = others.pop(0)
         for line in frontier:
             axes.plot(line["entropies"], line["scores"], marker=".", label=f"{line['model']}, {line['nfe']} NFE, {line['knob']}")
-        if controls:  # the first row is the data's
-            axes.plot(controls[0]["entropy"], np.log(controls[0][score]) if text else controls[0][score], "k*", markersize=12, label="data")
+        data = results[0][score]  # of the validation rows, which come first
+        axes.plot(line["data_entropy"], np.log(data) if text else data, "k*", markersize=12, label="data")
         axes.set(xlabel="entropy of a sample's tokens, nats", ylabel=f"log of {label}" if text else label)
     for line in bounds:
         r, profile = line["profile"]["r"], line["profile"]
@@ -560,7 +562,7 @@ def main():
                 rows = np.concatenate([draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed + k, euler, args.dtype, **knobs)
                                        for k in range(args.seeds)])  # fmt: skip
                 score(name, rows, None, "euler" if euler else "flow-map", nfe, time.perf_counter() - start, swept, knobs)
-    frontier = [] if not folder else frontiers(results, kept, on_grammar)
+    frontier = [] if not folder else frontiers(results, kept, val, on_grammar)
     bounds = []
     if args.bound:
         rows = val[np.sort(np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound])]

@@ -275,19 +275,27 @@ def describe_tokenizer(args):
                 vocab=bert.convert_ids_to_tokens(list(range(len(bert)))), join=" ")  # fmt: skip
 
 
-def encode(meta, text, frame=True):
-    """Text -> token ids (a list), special tokens read as such, BOS before with `frame` where rows have one; UserError for unknown words."""
-    bos = [meta["bos_id"]] if frame and meta["bos_id"] is not None else []
+def encoder(meta):
+    """A function text -> token ids (a list), special tokens read as such: the inverse of `decode`, but for other ways to cut the same text.
+
+    It raises UserError for a word or a character that the vocabulary lacks.
+    """
     if meta["tokenizer"] == "gpt2":
-        return bos + gpt2_encoding().encode(text, allowed_special="all")
+        return lambda text: gpt2_encoding().encode(text, allowed_special="all")
     index = {word: i for i, word in enumerate(meta["vocab"])}
     if meta["tokenizer"] == "bert":
-        return bos + bert_class()(vocab=index)(text, add_special_tokens=False)["input_ids"]
-    words = text.split() if meta["join"] else text
-    unknown = [word for word in words if word not in index]
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is not in the vocabulary that the model was trained on; use its {'words' if meta['join'] else 'characters'}")
-    return [index[word] for word in words]
+        bert = bert_class()(vocab=index)
+        return lambda text: bert(text, add_special_tokens=False)["input_ids"]
+
+    def encode(text):
+        words = text.split() if meta["join"] else text
+        unknown = [word for word in words if word not in index]
+        if unknown:
+            raise UserError(f"{unknown[0]!r} is not in the vocabulary of the data set; use its {'words' if meta['join'] else 'characters'}, "
+                            "or name the data set that the text belongs to")  # fmt: skip
+        return [index[word] for word in words]
+
+    return encode
 
 
 def decode(meta, ids):

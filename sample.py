@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import Draw, Given, chunks, load_model, lowered, machine_flags, probabilities, resolve_machine
-from prepare_data import Parser, UserError, decode, encode, number, one_line, run
+from prepare_data import Parser, UserError, decode, encoder, number, one_line, run
 
 
 @torch.no_grad()
@@ -335,6 +335,11 @@ def prompted(args, checkpoint):
     return infilled(args, checkpoint["meta"]) if need == "scatter" else continued(args, checkpoint)
 
 
+def bos(meta):
+    """What a row begins with: a list of one id, or of none."""
+    return [] if meta["bos_id"] is None else [meta["bos_id"]]
+
+
 def continued(args, checkpoint):
     """The `write` of --prompt and --prompt-file."""
     meta = checkpoint["meta"]
@@ -343,7 +348,7 @@ def continued(args, checkpoint):
         text = args.prompt if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {args.prompt_file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; name a text file") from None
-    tokens, length, size = encode(meta, text), args.length or L, args.block_size or checkpoint["args"]["block_size"] or L
+    tokens, length, size = bos(meta) + encoder(meta)(text), args.length or L, args.block_size or checkpoint["args"]["block_size"] or L
     if len(tokens) >= length:
         raise UserError(f"the prompt has {len(tokens)} tokens and the text is to have {length}; give a shorter prompt or a larger --length")
     if length > L and size >= L:
@@ -358,9 +363,10 @@ def continued(args, checkpoint):
 
 def infilled(args, meta):
     """The `write` of --infill."""
-    L, tokens, given = meta["seq_len"], [], []
+    L, encode, tokens = meta["seq_len"], encoder(meta), bos(meta)
+    given = [True] * len(tokens)
     for k, piece in enumerate(args.infill.split(args.mask)):
-        known = encode(meta, piece, frame=k == 0)
+        known = encode(piece)
         tokens += [0] * (k > 0) + known
         given += [False] * (k > 0) + [True] * len(known)
     if all(given) or len(tokens) > L or args.length or args.block_size:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 import distill
 import sample
 import train_diagonal
+from evaluate import diagonal_errors, likelihood_bound
 from model import (
     INTERPOLANTS,
     LAST,
@@ -118,6 +119,58 @@ class Oracle:
 
     def soft_embedding(self, h):
         return h.softmax(-1)
+
+    @property
+    def noise_size(self):
+        return len(self.embedding)
+
+    def noise_factor(self):
+        return self.embedding
+
+    def interpolate(self, xi, tokens, t):
+        return self.path.alpha(t)[..., None] * (xi @ self.embedding) + self.path.beta(t)[..., None] * self.embedding[tokens]
+
+
+class Embedded(Oracle):
+    """The exact posterior given y = x W alone, for a W of shape (V, D) with D < V."""
+
+    def __init__(self, W, **more):
+        super().__init__("linear", **more)
+        self.embedding, self.whiten = W, torch.linalg.inv(torch.linalg.cholesky(W.T @ W)).T  # C^{-T}, C C^T = W^T W
+
+    def denoiser(self, y, t):
+        r, Q = (self.path.beta(t) / self.path.alpha(t))[..., None], self.embedding @ self.whiten
+        seen = (y @ self.whiten / self.path.alpha(t)[..., None])[:, None] - r[:, None] * (self.one_hot @ Q)  # (B, K, L, D): the noise, if k it was
+        posterior = (self.log_weights - seen.square().sum((-1, -2)) / 2).softmax(-1)
+        return torch.einsum("bk,klv->blv", posterior, self.one_hot)
+
+
+class GrammarOracle(Oracle):
+    """The exact posterior of the embedded grammar, by the forward-backward recursion over its automaton."""
+
+    def __init__(self):
+        states, words = [*grammar(), None], grammar_words()
+        self.path, self.lag, self.arcs = INTERPOLANTS["linear"], 0.0, torch.zeros(len(states), len(words), len(states), dtype=torch.float64)
+        for state, out in {**grammar(), None: {words[0]: (1.0, None)}}.items():  # after the end, padding
+            for word, (share, after) in out.items():
+                self.arcs[states.index(state), words.index(word), states.index(after)] = share
+        self.head = self.embedding = torch.eye(len(words), dtype=torch.float64)
+
+    def denoiser(self, x, t):
+        evidence = (x * (self.path.beta(t) / self.path.alpha(t) ** 2)[..., None]).softmax(-1)  # (B, L, V), up to a factor
+        steps = [torch.einsum("svz,bv->bsz", self.arcs, e) for e in evidence.unbind(1)]
+        ahead, behind = (
+            [torch.eye(len(self.arcs), dtype=x.dtype)[:1].expand(len(x), -1)],
+            [torch.eye(len(self.arcs), dtype=x.dtype)[-1:].expand(len(x), -1)],
+        )
+        for step in steps[:-1]:
+            ahead.append(torch.nn.functional.normalize(torch.einsum("bs,bsz->bz", ahead[-1], step), 1))
+        for step in steps[:0:-1]:
+            behind.append(torch.nn.functional.normalize(torch.einsum("bz,bsz->bs", behind[-1], step), 1))
+        found = [
+            torch.einsum("bs,svz,bz,bv->bv", *terms) for terms in zip(ahead, [self.arcs] * len(steps), behind[::-1], evidence.unbind(1), strict=True)
+        ]
+        return torch.nn.functional.normalize(torch.stack(found, 1), 1, dim=-1)
 
 
 def states(path, s, count=6, seed=0):
@@ -347,6 +400,84 @@ def test_temperature_and_sigma():
     assert torch.equal(generate(oracle, xi, 2, temperature=0.7, sigma=2.0), oracle.psi(y, t, end).argmax(-1))
     assert not torch.equal(generate(oracle, xi, 2, sigma=2.0), generate(oracle, xi, 2, temperature=0.1, sigma=2.0))
     assert not torch.equal(generate(oracle, xi, 2), generate(oracle, xi, 2, sigma=2.0))
+
+
+# ------------------------------------------------------------------------------------------------
+# The likelihood bound.
+
+
+@pytest.fixture
+def bound_by_sequence(monkeypatch):
+    """A function of an oracle: its mean bounds {channel: (K, sequences)} over 2,000 rows of each sequence, drawn all at once, r up to 9."""
+
+    def draw(seed, step, rows, device):
+        g = torch.Generator().manual_seed(step)
+        return SimpleNamespace(normal=lambda *shape: torch.randn(len(rows), *shape, generator=g, dtype=torch.float64))
+
+    def bound(oracle):
+        oracle.times = lambda q: Oracle.times(oracle, q * 0.9)
+        sequences = oracle.one_hot.argmax(-1).numpy()
+        _, _, bounds = likelihood_bound(oracle, np.repeat(sequences, 2000, 0), 0, 8000)
+        return {name: values.reshape(-1, len(sequences), 2000).mean(-1) for name, values in bounds.items()}
+
+    monkeypatch.setattr("evaluate.Draw", draw)
+    return bound
+
+
+ENTROPY = -(WEIGHTS * WEIGHTS.log()).sum().item()
+
+
+@pytest.mark.parametrize(("path", "lag"), [("linear", 0.0), ("trigonometric", 1.5)])
+def test_bound_of_the_exact_denoiser(bound_by_sequence, path, lag):
+    """int r E|x1 - psi|^2 dr + E[CE]: above the entropy for every r*, within 1% of it at the best, and at the last -log p of each sequence."""
+    bound = bound_by_sequence(Oracle(path, lag))
+    assert np.abs(bound["full"] - bound["embedded"]).max() < 1e-9  # W = I
+    mean = bound["full"] @ WEIGHTS.numpy()
+    assert 0.995 * ENTROPY < mean.min() < 1.01 * ENTROPY
+    assert mean[0] > 1.1 * ENTROPY  # r* near 0: the positions' own entropies, summed
+    assert np.abs(bound["full"][-1] + WEIGHTS.log().numpy()).max() < 0.03
+
+
+def test_bound_of_a_wrong_denoiser(bound_by_sequence):
+    """The exact denoiser of other weights q: the bound becomes -log q, and exceeds the entropy by KL(p || q)."""
+    bound = bound_by_sequence(Oracle("linear", weights=torch.full((4,), 0.25, dtype=torch.float64)))["full"]
+    assert np.abs(bound[-1] - math.log(4)).max() < 0.03
+
+
+def test_bound_in_the_embedding(bound_by_sequence):
+    """psi given y = x W: in the channel of y, Q = W C^{-T}, within 1% of the entropy; with Q = I above it still, and looser."""
+    bound = bound_by_sequence(Embedded(torch.randn(V, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))))
+    seen, full = bound["embedded"] @ WEIGHTS.numpy(), bound["full"] @ WEIGHTS.numpy()
+    assert 0.995 * ENTROPY < seen.min() < 1.01 * ENTROPY
+    assert full.min() > 1.03 * ENTROPY
+
+
+def test_bound_of_the_grammar():
+    """With the grammar's exact posterior, the bound is -log p of the rows within 1%."""
+    oracle, rows = GrammarOracle(), grammar_rows(128, 0)
+    oracle.times = lambda q: q * 0.9
+    source = -np.mean([grammar_log_prob(row) for row in rows])
+    _, _, bounds = likelihood_bound(oracle, rows, 0, 128)
+    assert bounds["full"].mean(1).min() == pytest.approx(source, rel=0.01)
+    assert source == pytest.approx(grammar_entropy(), rel=0.05)
+
+
+def test_bound_of_a_network():
+    """On a DiT with V > 2 D: finite, the same in batches of any size; |v Q|^2 is v W N^+ W^T v, written out, and below |v|^2."""
+    model, tokens = small_model(), np.random.default_rng(0).integers(0, 40, (5, 5))
+    torch.nn.init.normal_(model.embedding)
+    model.hold_noise()
+    (_, ce, a), (_, _, b) = (likelihood_bound(model, tokens, 0, batch_size, points=8) for batch_size in (5, 2))
+    assert all(np.allclose(a[name], b[name]) for name in a)
+    assert (ce < a["embedded"]).all()
+    assert (a["embedded"] < a["full"]).all()
+    h, x1 = torch.randn(2, 5, 16, dtype=torch.float64), torch.from_numpy(tokens[:2])
+    W, miss = model.embedding.detach(), (h @ model.head.T).softmax(-1) - torch.nn.functional.one_hot(x1, 40)
+    factor = model.noise_factor()
+    ours = diagonal_errors(model, h, x1, torch.linalg.inv(factor))  # N = factor^T factor, so N^+ = factor^-1 factor^-T
+    assert torch.allclose(ours[1], torch.einsum("blv,vw,blw->bl", miss, W @ torch.linalg.pinv(W.T @ W) @ W.T, miss), rtol=1e-4)
+    assert torch.allclose(ours[2], miss.square().sum(-1))
+    assert torch.allclose(ours[0], torch.nn.functional.cross_entropy((h @ model.head.T).transpose(1, 2), x1, reduction="none"))
 
 
 # ------------------------------------------------------------------------------------------------

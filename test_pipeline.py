@@ -194,10 +194,11 @@ def test_watch(work, monkeypatch, capsys):
 
 
 def test_written_samples(tmp_path):
-    """One sample a line, whatever the sample holds."""
+    """One sample a line, whatever the sample holds, and read back the same."""
     meta = dict(tokenizer="char", vocab=["a", "\n", "\\"], join="", pad_id=None)
     sample.write_samples(tmp_path / "s.txt", np.array([[0, 1, 2], [2, 0, 0]]), meta)
     assert (tmp_path / "s.txt").read_text().splitlines() == ["a\\n\\\\", "\\\\aa"]
+    assert evaluate.read_samples(tmp_path / "s.txt", None) == (None, ["a\n\\", "\\aa"])
 
 
 def test_training_learns(tmp_path, work):
@@ -720,7 +721,7 @@ def tiktoken_environment(folder):
 
 
 @needs_data
-def test_real_text_gpt2(tmp_path):
+def test_real_text_gpt2(tmp_path, judge, monkeypatch):
     """Wikipedia through GPT-2's tokenizer: framed rows that decode to the articles, both stages, sampling, gen-PPL."""
     env, documents = tiktoken_environment(tmp_path), wiki_documents(30)
     (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
@@ -736,7 +737,13 @@ def test_real_text_gpt2(tmp_path):
     python("distill.py", "--loss", "esd", *flags, cwd=tmp_path)
     out = python("sample.py", "--checkpoint", "runs/wiki-esd/checkpoint.pt", "--nfe", 2, cwd=tmp_path, env=env).stdout
     assert "2 NFE" in out
-    os.environ.update(env)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    real, shuffled, unigram, model = evaluated(
+        tmp_path, monkeypatch, "--checkpoint", "runs/wiki-esd/checkpoint.pt", "--judge", judge, "--num-samples", 4
+    )["results"]
+    assert min(r["gen_ppl"] for r in (real, shuffled, unigram, model)) > 1
+    assert real["copied_4"] > shuffled["copied_4"] >= unigram["copied_4"]
     text = "".join(decode(meta, row[1:-1]) for row in rows)
     assert text.startswith(documents[0][:500])
 
@@ -781,7 +788,7 @@ def test_prompts(conditional, tmp_path):
         assert "2 NFE" in out
         return np.load(tmp_path / "x.npy")
 
-    start = prepare_data.encode(meta, "some farmers near")
+    start = prepare_data.encoder(meta)("some farmers near")
     (tmp_path / "prompt.txt").write_text("some farmers near\n")
     plain = written("any", "--prompt", "some farmers near")
     assert plain.shape == (3, meta["seq_len"])
@@ -791,7 +798,7 @@ def test_prompts(conditional, tmp_path):
     assert blocks.shape == (3, 14)
     assert (blocks[:, :3] == start).all()
     infilled = written("scatter", "--infill", "some [MASK] near the [MASK] read")
-    assert (infilled[:, [0, 2, 3, 5]] == prepare_data.encode(meta, "some near the read")).all()
+    assert (infilled[:, [0, 2, 3, 5]] == prepare_data.encoder(meta)("some near the read")).all()
     lagging = written("any", "--prompt", "some farmers near", "--position-lag", "2")
     assert (lagging[:, :3] == start).all()
 
@@ -819,23 +826,23 @@ def test_reward(conditional, tmp_path):
 def test_encode_is_the_inverse_of_decode():
     """On the grammar and on characters; what the vocabulary lacks is refused."""
     words = dict(tokenizer="grammar", vocab=prepare_data.grammar_words(), join=" ", pad_id=0, bos_id=None)
-    assert decode(words, prepare_data.encode(words, "some farmers read")) == "some farmers read"
+    assert decode(words, prepare_data.encoder(words)("some farmers read")) == "some farmers read"
     chars = dict(tokenizer="char", vocab=["a", " ", "b"], join="", pad_id=None, bos_id=None)
-    assert decode(chars, prepare_data.encode(chars, "ab ba")) == "ab ba"
+    assert decode(chars, prepare_data.encoder(chars)("ab ba")) == "ab ba"
     for meta, text in ((words, "some dragons"), (chars, "abc")):
         with pytest.raises(prepare_data.UserError, match="not in the vocabulary"):
-            prepare_data.encode(meta, text)
+            prepare_data.encoder(meta)(text)
 
 
 @needs_data
 def test_encode_word_pieces(tmp_path, monkeypatch):
-    """GPT-2's and bert's prompts: BOS, then the text's own tokens."""
+    """GPT-2's and bert's prompts: the text's own tokens, special ones as such."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", tiktoken_environment(tmp_path)["TIKTOKEN_CACHE_DIR"])
     gpt2 = dict(tokenizer="gpt2", bos_id=50256)
-    assert prepare_data.encode(gpt2, "hello world") == [50256, 31373, 995]
+    assert prepare_data.encoder(gpt2)("<|endoftext|>hello world") == [50256, 31373, 995]
     vocab = (Path(TEST_DATA) / "bert-base-uncased/vocab.txt").read_text().splitlines()
     bert = dict(tokenizer="bert", vocab=vocab, join=" ", pad_id=0, bos_id=101)
-    ids = prepare_data.encode(bert, "An unaffable cat")
+    ids = prepare_data.encoder(bert)("[CLS] An unaffable cat")
     assert ids[0] == 101
     assert decode(bert, ids[1:]) == "an unaffable cat"
 

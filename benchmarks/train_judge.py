@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,6 +23,11 @@ from model import machine_flags, resolve_machine
 from prepare_data import Parser, UserError, decode, number, read_meta, read_rows, run
 
 EOS = "<|endoftext|>"
+
+
+def next_token_loss(judge, ids):
+    """The mean cross-entropy in nats of every token of the windows ids (n, context) but the first."""
+    return F.cross_entropy(judge(input_ids=ids).logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def stream(tokenizer, texts):
@@ -76,7 +82,7 @@ def main():
     for step in range(1, args.steps + 1):
         batch = ids["train"][order.integers(len(ids["train"]), size=args.batch_size)].to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = judge(input_ids=batch, labels=batch).loss
+            loss = next_token_loss(judge, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -87,7 +93,7 @@ def main():
             print(f"step {step:,}/{args.steps:,}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
     judge.eval()
     with torch.no_grad():
-        held_out = [judge(input_ids=batch, labels=batch).loss.item() for batch in ids["val"].to(args.device).split(args.batch_size)]
+        held_out = [next_token_loss(judge, batch).item() for batch in ids["val"].to(args.device).split(args.batch_size)]
     judge.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{args.out}: {judge.num_parameters():,} weights, {args.steps * args.batch_size * args.context:,} tokens read, "
