@@ -289,7 +289,7 @@ def kill_and_resume(program, folder, kills, steps, seed, ranks=1, sig=signal.SIG
         resume = ["--resume"] if train_diagonal.checkpoints(folder / "parts") else []
         process = start(*flags, "--out", folder / "parts", *resume, ranks=ranks, cwd=folder)
         if kill < kills:
-            wait_for_step(process, folder / "parts", chance.randint(kill * steps // kills, (kill + 1) * steps // kills))
+            wait_for_step(process, folder / "parts", chance.randint(kill * steps // (kills + 1), (kill + 1) * steps // (kills + 1)))
             time.sleep(chance.random() * 0.2)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(workers(folder / "parts")), sig) if one_rank else os.killpg(process.pid, sig)
@@ -593,8 +593,8 @@ def test_soak_of_memory(work, tmp_path):
     proc, seen = Path(f"/proc/{process.pid}"), []
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):
-            pages = int((proc / "statm").read_text().split()[1])
-            seen.append((time.monotonic(), pages * os.sysconf("SC_PAGESIZE"), len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))))
+            size = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+            seen.append((time.monotonic(), size, *(len(list((proc / name).iterdir())) for name in ("fd", "task"))))
         time.sleep(0.25)
     assert process.returncode == 0
     clock, resident, files, threads = np.array(seen[:-4], float).T  # the last second is that of leaving
