@@ -309,23 +309,25 @@ def same_runs(a, b):
 
 
 def kill_and_resume(program, folder, kills, steps, seed, ranks=1, sig=signal.SIGKILL, one_rank=False):
-    """Run `program` to the end, killed `kills` times at random moments; and once in peace. True where both end alike."""
-    chance = random.Random(seed)
+    """Run `program` to the end, killed `kills` times at random moments; and once in peace. How many kills hit; both must end alike."""
+    chance, hits = random.Random(seed), 0
     flags = [*program, "--steps", steps, "--save-every", 3, "--log-every", 2]
     python(*flags, "--out", folder / "whole", ranks=ranks, cwd=folder, apart=True)
     for kill in range(kills + 1):
         resume = ["--resume"] if train_diagonal.checkpoints(folder / "parts") else []
         process = start(*flags, "--out", folder / "parts", *resume, ranks=ranks, cwd=folder)
         if kill < kills:
-            wait_for_step(process, folder / "parts", chance.randint(kill * steps // kills, (kill + 1) * steps // kills))
+            wait_for_step(process, folder / "parts", chance.randint(kill * steps // (kills + 1), (kill + 1) * steps // (kills + 1)))
             time.sleep(chance.random() * 0.2)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(workers(folder / "parts")), sig) if one_rank else os.killpg(process.pid, sig)
         code = process.wait(timeout=120)
+        hits += kill < kills and code != 0
         if code == 2 and "already" in (folder / "output").read_text():
             break  # killed after the last step was saved
         assert kill < kills or code == 0, (folder / "output").read_text()
-    return same_runs(folder / "whole", folder / "parts")
+    assert same_runs(folder / "whole", folder / "parts")
+    return hits
 
 
 def workers(out):
@@ -343,7 +345,7 @@ def workers(out):
 @pytest.mark.parametrize(("stage", "ranks", "one_rank"), [("psd", 1, False), ("esd", 2, True)])
 def test_killed_runs_resume(work, tmp_path, stage, ranks, one_rank):
     """SIGKILL at random moments, to all or to one rank, and --resume: nothing is lost, and one rank's death ends all."""
-    assert kill_and_resume([*stage_command(stage, work), "--micro-batch", 8], tmp_path, 2, 24, seed=0, ranks=ranks, one_rank=one_rank)
+    assert kill_and_resume([*stage_command(stage, work), "--micro-batch", 8], tmp_path, 2, 24, seed=0, ranks=ranks, one_rank=one_rank) > 0
 
 
 @pytest.mark.soak
@@ -351,23 +353,28 @@ def test_killed_runs_resume(work, tmp_path, stage, ranks, one_rank):
 @pytest.mark.parametrize(("stage", "ranks"), [("diagonal", 1), ("psd", 1), ("esd", 1), ("psd", 2), ("joint", 2)])
 def test_soak_of_kills(work, tmp_path, stage, ranks):
     """25 random kills in all, five of each."""
-    assert kill_and_resume([*stage_command(stage, work), "--micro-batch", 4], tmp_path, 5, 100, seed=ranks, ranks=ranks, one_rank=ranks == 2)
+    kills = kill_and_resume([*stage_command(stage, work), "--micro-batch", 4], tmp_path, 5, 100, seed=ranks, ranks=ranks, one_rank=ranks == 2)
+    print(f"{stage}, {ranks} rank{'s' * (ranks > 1)}: {kills} kills survived, the end bit for bit that of the uninterrupted run")
+    assert kills == 5
 
 
-@pytest.mark.parametrize(("sig", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_ends(work, tmp_path, sig, ranks):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_saves_and_ends(work, tmp_path, ranks):
     """SIGTERM or SIGINT: within a step all ranks save and end, with exit code 0; --resume ends as if nothing had happened."""
     flags = [*stage_command("psd", work), "--micro-batch", 8, "--steps", 40]
-    python(*flags, "--out", tmp_path / "whole", ranks=ranks, cwd=tmp_path, apart=True)
-    process = start(*flags, "--out", tmp_path / "parts", ranks=ranks, cwd=tmp_path)
-    wait_for_step(process, tmp_path / "parts", 3)
-    process.send_signal(sig)
-    code = process.wait(timeout=60)
-    assert ranks == 2 or code == 0  # torchrun itself ends with its own code
-    said = re.findall(r"stopped by (\w+) .*after step (\d+)", (tmp_path / "output").read_text())
-    assert len(said) == 1, (tmp_path / "output").read_text()
-    assert checkpoint(tmp_path / "parts/checkpoint.pt")["step"] == int(said[0][1]) == log_lines(tmp_path / "parts")[-1]["step"] < 40
-    python(*flags, "--out", tmp_path / "parts", "--resume", ranks=ranks, cwd=tmp_path, apart=True)
+    python(*flags, "--out", tmp_path / "whole", ranks=ranks, cwd=tmp_path)
+    last = 0
+    for sig, resume in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"]))[: 3 - ranks]:
+        process = start(*flags, "--out", tmp_path / "parts", *resume, cwd=tmp_path, ranks=ranks)
+        wait_for_step(process, tmp_path / "parts", last + 3)
+        process.send_signal(sig)
+        code = process.wait(timeout=60)
+        assert ranks == 2 or code == 0  # torchrun itself ends with its own code
+        said = re.findall(r"stopped by (\w+) .*after step (\d+)", (tmp_path / "output").read_text())
+        assert [name for name, _ in said] == [sig.name], (tmp_path / "output").read_text()
+        last = checkpoint(tmp_path / "parts/checkpoint.pt")["step"]
+        assert last == int(said[0][1]) == log_lines(tmp_path / "parts")[-1]["step"] < 40
+    python(*flags, "--out", tmp_path / "parts", "--resume", ranks=ranks, cwd=tmp_path)
     assert same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -528,9 +535,9 @@ def test_any_checkpoint(work, monkeypatch):
     """A whole file with another kind of thing in it is refused, or serves as it is meant: nothing but a UserError comes of it."""
     path, chance = work / "runs/grammar-diagonal/checkpoint.pt", random.Random(0)
     good, kinds = checkpoint(path), (None, 3, -1, "x", [1], {}, {"x": torch.ones(2)}, torch.ones(2), math.nan)
-    cases = [(key, value) for key in good for value in kinds]
+    cases = [(key, value) for key in good for value in chance.sample(kinds, 5)]
     for key in ("meta", "model_config", "args"):
-        for name in chance.sample(sorted(good[key]), 10):
+        for name in chance.sample(sorted(good[key]), 6):
             cases += [(key, good[key] | {name: value}) for value in chance.sample(kinds, 2)]
             cases += [(key, {k: v for k, v in good[key].items() if k != name})]
     model = build_model(good["model_config"])
@@ -607,12 +614,24 @@ train_diagonal.main()
 
 @pytest.mark.soak
 def test_soak_of_memory(work, tmp_path):
-    """2,000 steps of stage 2: the peak of resident memory grows by less than 2% after the first 500."""
+    """2,000 steps of stage 2: after the first 500 resident memory grows by less than 1%, open files and threads not at all."""
     flags = [*stage_command("esd", work), "--steps", 2000, "--save-every", 200, "--val-every", 200, "--log-every", 100]
     process = start(*flags, "--out", tmp_path / "run", cwd=tmp_path)
-    assert process.wait(timeout=1200) == 0
-    peaks = {line["step"]: line["peak_memory_gb"] for line in log_lines(tmp_path / "run", without=())}
-    assert peaks[2000] < 1.02 * peaks[500], peaks
+    wait_for_step(process, tmp_path / "run", 500)
+    proc, seen = Path(f"/proc/{process.pid}"), []
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError):
+            size = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+            seen.append((time.monotonic(), size, *(len(list((proc / name).iterdir())) for name in ("fd", "task"))))
+        time.sleep(0.25)
+    assert process.returncode == 0
+    clock, resident, files, threads = np.array(seen[:-4], float).T  # the last second is that of leaving
+    slope = np.polyfit(clock, resident, 1)[0] * (clock[-1] - clock[0]) / 1500
+    print(f"resident {resident.mean() / 1e6:.1f} MB, {slope:+.0f} bytes a step over steps 500 to 2,000, {len(seen)} readings, "
+          f"at most {files.max():.0f} open files and {threads.max():.0f} threads")  # fmt: skip
+    assert slope * 1500 < 0.01 * resident.mean()
+    assert files[-len(files) // 4 :].max() <= files[: len(files) // 4].max()
+    assert threads[-len(threads) // 4 :].max() <= threads[: len(threads) // 4].max()
 
 
 def test_config_replays_a_run(work, tmp_path):
@@ -1378,7 +1397,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choice=st.data())
 def test_any_meta(bad, tmp_path, choice):
     """A meta.json with a key changed or lost is read as it is meant, or refused."""
@@ -1396,7 +1415,7 @@ def test_any_meta(bad, tmp_path, choice):
             prepare_data.verify_rows(tmp_path, name, meta)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     config=JSON
     | st.fixed_dictionaries({"flags": st.dictionaries(st.sampled_from(["lr", "steps", "size", "help", "config", "compile"]) | st.text(), JSON)})
