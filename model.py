@@ -518,6 +518,8 @@ class DiT(nn.Module):
         dynamic: for blocks after a context, whose number of rows and positions changes from step to step.
         """
         self.compiled = "dynamic" if dynamic else "static"
+        if dynamic:  # each of context or block, gradient, tangent and a single row or token is a version of its own
+            torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.compile(dynamic=dynamic)
 

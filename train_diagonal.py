@@ -463,7 +463,7 @@ class Log:
         cuda = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         out = {"seconds_per_step": seconds, "tokens_per_second": rows * self.seq_len, "peak_memory_gb": memory / 1e9}
-        if peak:
+        if peak and not self.args.context:  # blocks and contexts cost otherwise than whole rows
             out["mfu"] = rows * self.flops / (peak * self.world)
         return out
 

@@ -5,8 +5,8 @@
     python benchmarks/benchmark.py --parts memory                    # peak memory by V and by L
 
 Every step is forward, backward, clip and Adam on random tokens, one micro-batch. The variants take turns, --repeats
-rounds after one of warm-up; a cell is the median over rounds, and a ratio is of those. Memory is the peak beyond
-weights, gradients and optimizer state, which every variant shares.
+rounds after one of warm-up; a time is the median over rounds, and a ratio is of those. Memory is the warm-up's peak beyond
+weights, gradients and optimizer state, which every variant shares; "counted", the same from the sizes of all tensors alive.
 
     diagonal    ours: noise drawn in the embedding, the cross-entropy in chunks of rows (train_diagonal.diagonal)
     V-sized     the peers' way to the same step: float32 one-hot rows and Gaussian of size V, their product with W, all logits
@@ -14,6 +14,7 @@ weights, gradients and optimizer state, which every variant shares.
     psd ...     every row of the step a consistency row, its teacher included
 """
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -103,6 +104,12 @@ class Meter:
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
+
+    @staticmethod
+    def map_from(size):
+        """glibc: give every block of this many bytes and more a mapping of its own, which freeing it returns."""
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
 
     @staticmethod
     def resident(key):
@@ -225,15 +232,14 @@ class Bench:
             function(self.model, xi, nfe)
 
     def interleaved(self, calls, repeats):
-        """{name: {"seconds": median, "peak_bytes": median, "all_seconds": [...]}} of {name: call}, taking turns after a warm-up."""
+        """{name: {"seconds": median, "peak_bytes": the first round's, "all_seconds": [...]}} of {name: call}, taking turns after a warm-up."""
         seen = {name: [] for name in calls}
         for turn in tqdm(range(repeats + 1), unit="round", disable=None):
+            self.meter.map_from(2**25 if turn else 2**20)  # the first round's memory is what is in use, at a cost in time
             for name, call in calls.items():
-                result = self.meter(call)
-                if turn:
-                    seen[name].append(result)
-        return {name: {"seconds": statistics.median(s for s, _ in results), "peak_bytes": statistics.median(b for _, b in results),
-                       "all_seconds": [s for s, _ in results]} for name, results in seen.items()}  # fmt: skip
+                seen[name].append(self.meter(call))
+        return {name: {"seconds": statistics.median(s for s, _ in results[1:]), "peak_bytes": results[0][1],
+                       "all_seconds": [s for s, _ in results[1:]]} for name, results in seen.items()}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
