@@ -17,6 +17,7 @@ The embedding W stays as stage 1 left it, so that student and teacher see the sa
 """
 
 import copy
+import functools
 import hashlib
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -26,8 +27,20 @@ import numpy as np
 import torch
 
 from model import Divergence, head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
-from prepare_data import Parser, UserError, number, read_meta, run
-from train_diagonal import diagonal, model_flags, new_model, parse_training_args, quarters, start_ranks, train, training_flags
+from prepare_data import Parser, UserError, number, read_meta, run, same_tokens
+from train_diagonal import (
+    by_context,
+    check_context,
+    context_flags,
+    diagonal,
+    model_flags,
+    new_model,
+    parse_training_args,
+    quarters,
+    start_ranks,
+    train,
+    training_flags,
+)
 
 # ------------------------------------------------------------------------------------------------
 # The jumps.
@@ -184,21 +197,54 @@ def consistency(model, teacher, tokens, draw, args):
     name = "consistency_kl" if args.target == "logit" else "consistency_square"
     report[name] = report.pop("loss")
     bins = quarters(name, report[name], progress[-1])
-    return loss + (learned - learned.detach() + w).mean(), {name: value.mean() for name, value in report.items()} | bins
+    return {"consistency": loss + (learned - learned.detach() + w).mean()}, {name: value.mean() for name, value in report.items()} | bins
 
 
-def distillation(args, teacher):
-    """The objective of stage 2; `teacher` None means the student itself."""
+def guided(model, teacher, tokens, draw, power, guidance):
+    """The diagonal's cross-entropy with its target moved: x1 + (omega - 1) (psi_tt(x_t; c) - psi_tt(x_t)), by a frozen teacher.
+
+    Its minimiser is the guided denoiser psi_tt(x_t) + omega (psi_tt(x_t; c) - psi_tt(x_t)) of section 4.2, where that
+    is on the simplex. So the flow map that is consistent with it needs one network call a step, not two.
+    """
+    B, L = tokens.shape
+    tau = draw.uniform(1)
+    t = model.times(tau).float().to(tokens.device, non_blocking=True)
+    y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)
+    h = model(y, t, t).flatten(0, 1)
+    with torch.no_grad():
+        h_c, h_0 = (net(y, t, t).flatten(0, 1) for net in (teacher, teacher.alone()))
+    shift = torch.full((B * L, 1), guidance - 1.0, device=h.device)
+    divergence = Divergence(signed(guided_residual), (tokens.flatten(), h_c, h_0, shift), (lowered(teacher.head),))
+    scale = torch.full((B * L,), 1 / (B * L), device=h.device)
+    loss, report = head_loss(h, model.head, scale, divergence, c=0.01, r=power, compiled=model.compiled)
+    return {"diagonal": loss}, {"diagonal_square": report["loss"].mean()} | quarters("diagonal_square", report["loss"], tau)
+
+
+def guided_residual(z, tokens, h_c, h_0, shift, head):
+    """p - q for the target q of `guided`: (n, V), and nothing to report."""
+    psi_c, psi_0 = (softmax(wide(h @ head.T)) for h in (h_c, h_0))
+    return (softmax(z) - shift * (psi_c - psi_0)).scatter_add_(-1, tokens[:, None], -torch.ones_like(z[:, :1])), {}
+
+
+def distillation(args, teacher, stage1=None):
+    """The objective of stage 2; `teacher` None means the student itself. stage1: that network, frozen, for --guidance."""
+    first, networks = functools.partial(diagonal, power=args.diagonal_power), []
+    if args.guidance != 1:
+        first, networks = functools.partial(guided, power=args.diagonal_power, guidance=args.guidance), [stage1]
+    second = functools.partial(consistency, args=args)
 
     def objective(model, tokens, draw):
         # by index and evenly spread: every run of rows holds its share of diagonal ones, whatever the micro-batch
         mask = np.floor((draw.rows + 1) * args.diagonal_share + 1e-9) > np.floor(draw.rows * args.diagonal_share + 1e-9)
         part, rest = (torch.from_numpy(np.flatnonzero(m)).to(tokens.device, non_blocking=True) for m in (mask, ~mask))
-        losses, report = diagonal(model, tokens[part], draw.part(mask), args.diagonal_power)
-        losses["consistency"], more = consistency(model, teacher or model, tokens[rest], draw.part(~mask), args)
-        return losses, report | more
+        losses, report = by_context(first, [model, *networks], tokens[part], draw.part(mask), args)
+        more_losses, more = by_context(second, [model, teacher or model], tokens[rest], draw.part(~mask), args)
+        return losses | more_losses, report | more
 
     return objective
+
+
+CONTEXT = ("context", "block_size", "context_dropout")  # the flags that stage 2 takes over from stage 1
 
 
 def check_flags(parser, args):
@@ -215,13 +261,14 @@ def check_flags(parser, args):
         if args.teacher not in (None, "self"):
             raise UserError(f"--teacher {args.teacher}: with --joint the embedding is learned, which only the student shares; leave it out")
     else:
-        given = [
-            name for name in ("size", "schedule", "schedule_blend", "position_lag", "interpolant") if getattr(args, name) != parser.get_default(name)
-        ]
+        fixed = ("size", "schedule", "schedule_blend", "position_lag", "interpolant", *CONTEXT)
+        given = [name for name in fixed if getattr(args, name) != parser.get_default(name)]
         if given:
             raise UserError(
                 f"--{given[0].replace('_', '-')} is fixed by the stage-1 checkpoint; give it to train_diagonal.py, or train from scratch with --joint"
             )
+    if args.guidance != 1 and (args.joint or (args.loss != "psd" and args.teacher not in ("self", "ema"))):
+        raise UserError(f"--guidance {args.guidance:g} needs a stage 1 and a map that teaches itself: --loss psd, or --teacher self or ema")
     args.teacher = args.teacher or ("self" if args.joint or args.loss == "psd" else "frozen")
     args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
     args.steps = args.steps or (1_000_000 if args.joint else 100_000)
@@ -248,22 +295,28 @@ def main():
     group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",
                        help="exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss")  # fmt: skip
     group.add_argument("--learned-weight", action=BooleanOptionalAction, default=True, help="learn a weight of s (PSD) or of s and t (LSD, ESD)")
+    group.add_argument("--guidance", type=number(float, 0), default=1.0, metavar="W",
+                       help="distil the map guided by this weight (0 ignores the context, 1 is plain); stage 1 must know contexts")  # fmt: skip
     group.add_argument("--surgery", action=BooleanOptionalAction, help="project conflicting gradients (default: with psd)")
     training_flags(parser, steps=None)
+    context_flags(parser)
     model_flags(parser)
     args = parse_training_args(parser)
     check_flags(parser, args)
     meta = read_meta(args.data)
     args.stage1 = None
     if args.joint:
+        check_context(args, meta["seq_len"])
         model = new_model(args, meta)
     else:
         args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
         model, checkpoint = load_model(args.checkpoint)
-        for key in ("tokenizer", "vocab_size", "seq_len"):
-            if checkpoint["meta"][key] != meta[key]:
-                raise UserError(f"{args.checkpoint} was trained on rows of {key} {checkpoint['meta'][key]}, {args.data} has {key} {meta[key]}; "
-                                "name the data set that it was trained on with --data")  # fmt: skip
+        same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta)
+        for key in CONTEXT:
+            setattr(args, key, checkpoint["args"].get(key))
+        if args.guidance != 1 and not (args.context and args.context_dropout):
+            raise UserError(f"--guidance {args.guidance:g}: {args.checkpoint} was trained without contexts, or never without one; "
+                            "train it with --context and --context-dropout")  # fmt: skip
         args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
         model.train().requires_grad_(True).embedding.requires_grad_(False)
     # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for
@@ -271,13 +324,11 @@ def main():
     passes = 3 * args.diagonal_share + 5 * (1 - args.diagonal_share)
     ema = copy.deepcopy(model)
     with start_ranks(args) as ranks:
-        teacher = ema if args.teacher == "ema" else None
-        if args.teacher == "frozen":
-            teacher = copy.deepcopy(model)
-            teacher.to(ranks[-1]).eval().requires_grad_(False)
-            if args.compile:
-                teacher.compile_parts()
-        train(args, ranks, model, ema, distillation(args, teacher), meta, passes)
+        stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False) if args.teacher == "frozen" or args.guidance != 1 else None
+        if stage1 and args.compile:
+            stage1.compile_parts(dynamic=bool(args.context))
+        teacher = {"frozen": stage1, "ema": ema, "self": None}[args.teacher]
+        train(args, ranks, model, ema, distillation(args, teacher, stage1), meta, passes)
 
 
 if __name__ == "__main__":

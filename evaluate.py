@@ -28,7 +28,20 @@ import torch
 from tqdm import tqdm
 
 from model import Draw, chunks, resolve_machine
-from prepare_data import Parser, UserError, decode, gpt2_encoding, grammar_entropy, grammar_log_prob, number, one_line, read_meta, read_rows, run
+from prepare_data import (
+    Parser,
+    UserError,
+    decode,
+    encode,
+    grammar_entropy,
+    grammar_log_prob,
+    number,
+    one_line,
+    read_meta,
+    read_rows,
+    run,
+    same_tokens,
+)
 from sample import check_output, draw_samples, is_euler, load_sampler, sampling_flags
 
 NEUTRAL = {"temperature": 1.0, "gamma": 0.0, "sigma": 1.0}  # the knobs of sample.generate
@@ -156,26 +169,11 @@ def self_bleu(rows, count):
 # Samples that are not a model's.
 
 
-def encoder(meta):
-    """A function text -> token ids, special tokens read as such: the inverse of `decode`, but for other ways to cut the same text."""
-    if meta["tokenizer"] == "gpt2":
-        return lambda text: np.array(gpt2_encoding().encode(text, allowed_special="all"), np.int64)
-    table = {piece: i for i, piece in enumerate(meta["vocab"])}
-    if meta["tokenizer"] == "bert":
-        from tokenizers import BertWordPieceTokenizer  # comes with transformers
-
-        tokenizer = BertWordPieceTokenizer(table)
-        return lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-
-    def encode(text):
-        pieces = text.split(meta["join"]) if meta["join"] else text
-        unknown = next((piece for piece in pieces if piece not in table), None)
-        if unknown is not None:
-            raise UserError(f"a sample holds {unknown!r}, which the vocabulary of the data set lacks; name the one it belongs to with --data")
-        filling = [] if meta["pad_id"] is None else [meta["pad_id"]] * (meta["seq_len"] - len(pieces))
-        return np.array([table[piece] for piece in pieces] + filling, np.int64)
-
-    return encode
+def sample_ids(meta, text):
+    """Token ids (n,) of a sample's text, special tokens read as such: the inverse of `decode`, but for other ways to cut the same text."""
+    ids = encode(meta, text, frame=False)
+    filling = [meta["pad_id"]] * (meta["seq_len"] - len(ids)) if meta["tokenizer"] == "grammar" else []
+    return np.array(ids + filling, np.int64)
 
 
 def control_rows(meta, train, val, count, seed):
@@ -183,13 +181,13 @@ def control_rows(meta, train, val, count, seed):
 
     A frame of BOS and EOS stays where it is. Shuffled text is cut into tokens anew, so its rows differ in length.
     """
-    encode, rng, frame = encoder(meta), np.random.default_rng([seed, 1]), int(meta["bos_id"] is not None)
+    rng, frame = np.random.default_rng([seed, 1]), int(meta["bos_id"] is not None)
     real = val[np.sort(rng.permutation(len(val))[:count])].astype(np.int64)
     cut, shuffled = slice(frame, meta["seq_len"] - frame), []
     for row in real:
         parts = re.split(r"(\s+)", decode(meta, row[cut]))  # words, and between them white space, which stays
         parts[::2] = [parts[2 * i] for i in rng.permutation(len(parts[::2]))]
-        shuffled.append(np.concatenate([row[:frame], encode("".join(parts)), row[len(row) - frame :]]))
+        shuffled.append(np.concatenate([row[:frame], sample_ids(meta, "".join(parts)), row[len(row) - frame :]]))
     counts = np.bincount(train[:, cut].ravel(), minlength=meta["vocab_size"])
     unigram = real.copy()
     unigram[:, cut] = rng.choice(len(counts), size=unigram[:, cut].shape, p=counts / counts.sum())
@@ -216,7 +214,7 @@ def read_samples(path, meta):
         raise UserError(f"--samples {path}: cannot be read ({error}); expected a text file, a folder of text files, or a .npy of ids") from None
     if not texts:
         raise UserError(f"--samples {path} holds no sample; expected one a line, or one a file in a folder")
-    return None if meta is None else list(map(encoder(meta), texts)), texts
+    return None if meta is None else [sample_ids(meta, text) for text in texts], texts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -459,8 +457,9 @@ def parse_args():
     args.output = args.output or (args.checkpoint[-1].parent if args.checkpoint else Path()) / "evaluation.json"
     if args.output.suffix == ".md":
         raise UserError(f"--output {args.output}: that is the tables' name, beside the JSON's; name it {args.output.with_suffix('.json')}")
+    named = [*(args.checkpoint or []), *(args.samples or [])]
     for flag, path in (("--output", args.output), ("--output", args.output.with_suffix(".md")), ("--plot", args.plot)):
-        check_output(flag, path)
+        check_output(flag, path, named)
     resolve_machine(args)
     return args
 
@@ -494,10 +493,8 @@ def main():
     metas = [checkpoint["meta"] for _, checkpoint in loaded]
     folder = args.data or (Path(loaded[-1][1]["args"]["data"]) if loaded else None)
     metas += [read_meta(folder)] if folder else []
-    for key in ("tokenizer", "vocab_size", "seq_len"):
-        if len({meta[key] for meta in metas}) > 1:
-            found = ", ".join(str(meta[key]) for meta in metas)
-            raise UserError(f"the checkpoints and the data set ({folder}) differ in {key}: {found}; evaluate them apart, or name another with --data")
+    for path, (_, checkpoint) in zip(args.checkpoint or [], loaded, strict=True):
+        same_tokens(path, checkpoint["meta"], folder, metas[-1])
     meta = metas[-1] if metas else None
     on_grammar = meta is not None and meta["tokenizer"] == "grammar"
     if meta:

@@ -13,6 +13,7 @@ Conventions, everywhere in this project (equation numbers: Discrete Flow Maps, a
 """
 
 import functools
+import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import UserError
+from prepare_data import UserError, meta_fault
 
 # ------------------------------------------------------------------------------------------------
 # The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47) and every coefficient that the flow needs.
@@ -215,21 +216,24 @@ class TimeEmbedding(nn.Module):
         return self.mlp(self.features(t))
 
 
-def attention(q, k, v):
-    """Bidirectional attention, q, k, v of shape (B, heads, L, width / heads).
+def attention(q, k, v, causal=False, seen=None):
+    """Attention of q (B, heads, L, d) to k and v (B, heads, S, d), S >= L: to all of them, or, causal, up to each query's own.
 
-    The one place that knows which kernel to take: the fused one, but for short rows on a CPU, where a
-    training step with it was measured at 1.16 times the time (L = 10, width 128).
+    seen: bool, broadcast to (B, heads, L, S), the keys to attend to where that is neither. The one place that
+    knows which kernel to take: the fused one, but for short rows on a CPU, where a training step with it
+    was measured at 1.16 times the time (L = 10, width 128).
     """
-    if q.device.type != "cpu" or q.shape[-2] > 32:
-        return F.scaled_dot_product_attention(q, k, v)
+    if causal and q.shape[-2] < k.shape[-2]:  # the fused kernels' causal mask counts from the first key, ours from the last
+        causal, seen = False, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
+    if q.device.type != "cpu" or k.shape[-2] > 32 or causal or seen is not None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=seen)
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def attention_tangent(q, k, v, dq, dk, dv):
-    """The derivative of `attention` along (dq, dk, dv), in chunks of queries: no fused kernel has it."""
-    out, (B, heads, L, d) = torch.empty_like(v), q.shape
-    for rows in chunks(L, B * heads * L):
+    """The derivative of `attention` to all keys along (dq, dk, dv), in chunks of queries: no fused kernel has it."""
+    out, (B, heads, L, d) = torch.empty_like(q), q.shape
+    for rows in chunks(L, B * heads * k.shape[-2]):
         weights = (q[:, :, rows] @ k.transpose(-2, -1) * d**-0.5).softmax(-1).to(v.dtype)
         scores = (dq[:, :, rows] @ k.transpose(-2, -1) + q[:, :, rows] @ dk.transpose(-2, -1)) * d**-0.5
         moved = weights * (scores - (weights * scores).sum(-1, keepdim=True))
@@ -259,6 +263,24 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+class GeluLinear(torch.autograd.Function):
+    """F.linear(gelu(x), weight, bias), the gelu computed again in the backward pass: of an MLP's two widest activations one is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        low, ctx.dtype = weight.to(x.dtype), weight.dtype  # x comes from a linear layer, in the dtype of the autocast around it
+        ctx.save_for_backward(x, low)
+        return F.linear(F.gelu(x, approximate="tanh"), low, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        flat, act = grad.flatten(0, -2), F.gelu(x, approximate="tanh").flatten(0, -2)
+        grad_weight, grad_bias = (flat.T @ act).to(ctx.dtype), flat.sum(0).to(ctx.dtype)
+        del act
+        return torch.ops.aten.gelu_backward(grad @ weight, x, approximate="tanh"), grad_weight, grad_bias
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero)."""
 
@@ -277,28 +299,36 @@ class Block(nn.Module):
         q, k, v = x.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()  # a view would keep all of x for the backward pass
 
-    def forward(self, h, time, cos, sin, dh=None, dtime=None):
+    def forward(self, h, time, cos, sin, dh=None, dtime=None, before=None, causal=False, seen=None):
         """h (B, L, D) and time (B, 1 or L, time_width) -> h; with tangents dh and dtime, also h's, as (h, dh).
 
-        The tangent is forward mode written out: no kernel of scaled_dot_product_attention has it, and
+        before: keys and values (B, heads, c, D / heads) of a context, constants of the tangent, to attend to as well;
+        seen: which keys, where not all. causal: h is of a context itself, and the answer (h, (keys, values)), with
+        those before. The tangent is forward mode written out: no kernel of scaled_dot_product_attention has it, and
         PyTorch's own would record a second graph behind the tangent, which nothing ever reads.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)  # (B, 1 or L, D) each
         n_a, r_a = norm(h)
         q, k, v = self.split(self.qkv(modulate(n_a, shift_a, scale_a)), cos, sin)
-        a = self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+        if before is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
+        a = self.out(attention(q, k, v, causal, seen).transpose(1, 2).flatten(2))
         h_a = torch.addcmul(h, gate_a, a)
         n_m, r_m = norm(h_a)
         up = self.mlp[0](modulate(n_m, shift_m, scale_m))
-        m = self.mlp[2](self.mlp[1](up))
+        m = GeluLinear.apply(up, self.mlp[2].weight, self.mlp[2].bias)
         h_m = torch.addcmul(h_a, gate_m, m)
+        if causal:
+            return h_m, (k, v)
         if dh is None:
             return h_m
         with torch.no_grad():
             dshift_a, dscale_a, dgate_a, dshift_m, dscale_m, dgate_m = F.linear(dtime, self.modulation.weight).chunk(6, -1)
             dn = norm_tangent(n_a, r_a, dh)
             dx = F.linear(dn * (1 + scale_a) + torch.addcmul(dshift_a, n_a, dscale_a), self.qkv.weight)
-            da = attention_tangent(q, k, v, *self.split(dx, cos, sin)).transpose(1, 2).flatten(2)
+            dq, dk, dv = self.split(dx, cos, sin)
+            dk, dv = (F.pad(x, (0, 0, k.shape[2] - x.shape[2], 0)) for x in (dk, dv))  # the context does not move
+            da = attention_tangent(q, k, v, dq, dk, dv).transpose(1, 2).flatten(2)
             dh = dh + dgate_a * a + gate_a * F.linear(da, self.out.weight)
             dn = norm_tangent(n_m, r_m, dh)
             dx = F.linear(dn * (1 + scale_m) + torch.addcmul(dshift_m, n_m, dscale_m), self.mlp[0].weight)
@@ -343,14 +373,14 @@ class DiT(nn.Module):
         """The two times' embedding: (B, 1 or L) each -> (B, 1 or L, time_width)."""
         return F.silu(self.time_s(s) + self.time_t(t))
 
-    def forward(self, y, s, t):
+    def forward(self, y, s, t, context=None):
         """Hidden vectors h_st (B, L, D) of the mean denoiser psi_st = softmax(h_st @ head.T).
 
-        y: (B, L, D), the embedded state at time s. s, t: (B, 1) or (B, L), 0 <= s <= t <= 1.
+        y: (B, L, D), the embedded state at time s. s, t: (B, 1) or (B, L), 0 <= s <= t <= 1. context: see `given`.
         """
-        h, time, L = y, self.time(s, t), y.shape[1]
-        for block in self.blocks:
-            h = self.through(block, h, time, self.cos[:L], self.sin[:L])
+        h, time, (before, cos, sin, seen) = y, self.time(s, t), context or self.no_context(y)
+        for block, keys in zip(self.blocks, before, strict=True):
+            h = self.through(block, h, time, cos, sin, None, None, keys, False, seen)
         shift, scale = self.final_modulation(time).chunk(2, -1)
         return modulate(norm(h)[0], shift, scale)
 
@@ -360,18 +390,18 @@ class DiT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
-    def derivative(self, y, s, t, dy=None, ds=None, dt=None):
+    def derivative(self, y, s, t, dy=None, ds=None, dt=None, context=None):
         """One dual pass: h_st with its ordinary graph, and its derivative along (dy, ds, dt), without one; None is zero.
 
         With dy = b_s(y), ds = 1 this is D_s of the Eulerian identity (25), with dt = 1 the Lagrangian's d/dt (24).
         """
-        time, L = self.time(s, t), y.shape[1]
+        time, (before, cos, sin, _) = self.time(s, t), context or self.no_context(y)
         with torch.no_grad():
             zeros = torch.zeros_like
             _, dtime = torch.func.jvp(self.time, (s, t), (zeros(s) if ds is None else ds, zeros(t) if dt is None else dt))
         h, dh = y, zeros(y) if dy is None else dy.to(y.dtype)
-        for block in self.blocks:
-            h, dh = self.through(block, h, time, self.cos[:L], self.sin[:L], dh, dtime)
+        for block, keys in zip(self.blocks, before, strict=True):
+            h, dh = self.through(block, h, time, cos, sin, dh, dtime, keys)
         (n, r), (shift, scale) = norm(h), self.final_modulation(time).chunk(2, -1)
         with torch.no_grad():
             dshift, dscale = F.linear(dtime, self.final_modulation.weight).chunk(2, -1)
@@ -381,6 +411,41 @@ class DiT(nn.Module):
     def log_weight(self, s, t):
         """The learned weight w(s, t) of the distillation loss exp(-w) loss + w: times (B, 1 or L) -> the same shape."""
         return self.loss_weight(torch.cat([self.time_s.features(s), self.time_t.features(t)], -1)).squeeze(-1)
+
+    # --- clean context (section 4.2) ---
+
+    def no_context(self, y):
+        """What `forward` takes where there is none: the positions are the first ones."""
+        return [None] * len(self.blocks), self.cos[: y.shape[1]], self.sin[: y.shape[1]], None
+
+    def encode(self, tokens, positions=None, before=None):
+        """The keys and values of clean tokens (B, c), at the time of data, each seeing those before it alone.
+
+        positions: int64 (B, c), or None for the c that follow `before`, an earlier answer, to which this adds its
+        own. Returns a list of (keys, values), (B, heads, c, D / heads) each, one a block; a token that comes
+        later changes none of them.
+        """
+        start = before[0][0].shape[2] if before else 0
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        one = torch.ones(len(tokens), 1, dtype=self.embedding.dtype, device=tokens.device)
+        h, time, (cos, sin), found = self.embedding[tokens], self.time(one, one), self.rotation(positions), []
+        for block, keys in zip(self.blocks, before or [None] * len(self.blocks), strict=True):
+            h, keys = self.through(block, h, time, cos, sin, None, None, keys, True)
+            found.append(keys)
+        return found
+
+    def rotation(self, positions):
+        """cos and sin for positions (L,) or (B, L), to be broadcast to (B, heads, L, D / heads / 2)."""
+        return [table[positions].unsqueeze(-3) for table in (self.cos, self.sin)]
+
+    def given(self, keys, positions, seen=None):
+        """This network on a block of tokens that sees a context: an object to be called and used in its place.
+
+        keys: what `encode` gave for the context, or None. positions: int64 (L,) or (B, L), those of the block.
+        seen: bool (B, 1, 1, c + L), which keys of context and block a row sees, where not all.
+        """
+        return Given(self, keys, positions, seen)
 
     # --- noise, in the embedding (V-sized states are never built) ---
 
@@ -397,7 +462,9 @@ class DiT(nn.Module):
     def noise_factor(self):
         """C^T of shape (noise_size, D) with C C^T = W^T W, differentiably in W; the held one where there is one.
 
-        The jitter, 1e-6 of the mean eigenvalue, adds noise far below what float32 leaves in the factor.
+        The jitter, 1e-6 of the mean eigenvalue, adds noise far below what float32 leaves in the factor. The cost is
+        4 V D^2 FLOPs a step, gradient included (119 GFLOP at the paper's size), whatever the batch; V-sized noise
+        costs 4 V D a token in its product with W, so below D tokens a step that would be cheaper, above it never.
         """
         W = self.embedding
         if self.held_factor is not None or self.noise_size == len(W):
@@ -424,18 +491,18 @@ class DiT(nn.Module):
         """y_t = alpha_t x0 W + beta_t W[token] (37): tokens (B, L), t (B, 1) or (B, L) -> (B, L, D)."""
         return self.path.alpha(t)[..., None] * self.embed_noise(xi) + self.path.beta(t)[..., None] * self.embedding[tokens]
 
-    def times(self, tau):
+    def times(self, tau, L=None):
         """Uniform progress tau in [0, 1], float64 (n, 1) on the CPU -> times of the path, float64, below 1.
 
-        (n, 1), or (n, L) where the positions lag one behind the other (38). Progress stops at LAST: see there.
+        (n, 1), or (n, L) where the positions lag one behind the other (38), L of them or all. Progress stops at LAST: see there.
         """
-        return self.times_and_rates(tau)[0]
+        return self.times_and_rates(tau, L)[0]
 
-    def times_and_rates(self, tau):
+    def times_and_rates(self, tau, L=None):
         """`times`, and their rates: dt/dtau up to a factor common to the row, so that one shared time has rate 1."""
         tau = tau.clamp(0, LAST)
         if self.position_lag:
-            tau, rate = lagged(tau, self.position_lag, self.config.seq_len)
+            tau, rate = lagged(tau, self.position_lag, L or self.config.seq_len)
         knots, values = self.schedule_tau, self.schedule_time
         right = torch.searchsorted(knots, tau.contiguous()).clamp(1, len(knots) - 1)
         slope = (values[right] - values[right - 1]) / (knots[right] - knots[right - 1])
@@ -445,11 +512,14 @@ class DiT(nn.Module):
         rate = rate * slope
         return t, rate / rate.mean(-1, keepdim=True)
 
-    def compile_parts(self):
-        """torch.compile every block, the same code for all of them, and what the losses do with a chunk of logits."""
-        self.compiled = True
+    def compile_parts(self, dynamic=False):
+        """torch.compile every block, the same code for all of them, and what the losses do with a chunk of logits.
+
+        dynamic: for blocks after a context, whose number of rows and positions changes from step to step.
+        """
+        self.compiled = "dynamic" if dynamic else "static"
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=dynamic)
 
     # --- the head, in chunks of rows ---
 
@@ -469,6 +539,33 @@ class DiT(nn.Module):
         return torch.cat(parts).view(h.shape[:-1])
 
 
+class Given:
+    """A DiT with a context: see `DiT.given`. Losses, teachers and the sampler take it as they take a DiT."""
+
+    def __init__(self, model, keys, positions, seen):
+        self.model, self.positions = model, positions
+        self.context = (keys or [None] * len(model.blocks), *model.rotation(positions), seen)
+
+    def __call__(self, y, s, t):
+        return self.model(y, s, t, self.context)
+
+    def derivative(self, *args, **kwargs):
+        return self.model.derivative(*args, **kwargs, context=self.context)
+
+    def alone(self):
+        """The same block of the same network, without the context."""
+        return self.model.given(None, self.positions)
+
+    def times_and_rates(self, tau):
+        return self.model.times_and_rates(tau, self.positions.shape[-1])
+
+    def times(self, tau):
+        return self.times_and_rates(tau)[0]
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
 def softmax(z):
     """The link between logits and the convex set on which the mean denoiser lives: here the simplex.
 
@@ -485,9 +582,9 @@ def probabilities(z):
 
 
 @functools.cache
-def maybe_compiled(function, yes):
-    """`function`, compiled for each shape that it meets where `yes`; cached, so compiled once."""
-    return torch.compile(function, dynamic=False) if yes else function
+def maybe_compiled(function, compiled):
+    """`function`, compiled: "static", for each shape that it meets, "dynamic", for all at once, or as it is: False. Cached, so compiled once."""
+    return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,8 +603,8 @@ def lowered(x):
 
 
 def chunks(rows, vocab_size):
-    """Slices of `rows`, a power of two long: an eighth of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
-    elements = min(max(rows * vocab_size // 8, 1 << 22), 1 << 25)
+    """Slices of `rows`, a power of two long: a sixteenth of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
+    elements = min(max(rows * vocab_size // 16, 1 << 22), 1 << 25)
     step = 1 << max(0, (elements // vocab_size).bit_length() - 1)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
@@ -671,6 +768,11 @@ class Draw:
             torch.randn(shape, generator=self.generator, device=self.device, out=row)
         return out
 
+    def shared(self):
+        """One uniform in [0, 1), a float, the same for all rows of the step."""
+        self.calls += 1
+        return float(np.random.default_rng([self.seed, self.step, self.calls]).random())
+
     def uniform(self, k):
         """k uniforms a row, float64 (n, k) on the CPU, of low discrepancy over any run of rows.
 
@@ -703,13 +805,16 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "ema", "step", "model_config", "meta", "args"} - checkpoint.keys()
+        kinds = {"model": dict, "ema": dict, "optimizer": dict, "step": int, "model_config": dict, "meta": dict, "args": dict}
+        missing = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
+        json.dumps([checkpoint.get(key) for key in ("model_config", "meta", "args")])  # plain builtins, or TypeError
     except Exception as error:  # a damaged or foreign file fails in zipfile, pickle or torch, each in its own way
         raise UserError(f"{path} is not a checkpoint of this project ({type(error).__name__}); train one anew or name another") from None
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it has another checksum than when it was written; take an older one")
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this project")
+    missing = missing or ["args.data"] * (not isinstance(checkpoint["args"].get("data"), str))
+    if fault := f"it lacks {', '.join(missing)}" if missing else meta_fault(checkpoint["meta"]):
+        raise UserError(f"{path} is not a checkpoint of this project: {fault}; name another")
     return checkpoint
 
 
@@ -723,8 +828,10 @@ def load_model(path, device="cpu", ema=True):
     try:
         model = build_model(checkpoint["model_config"])
         model.load_state_dict(checkpoint["ema" if ema else "model"], strict=True)
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise UserError(f"{path} does not fit its own model_config: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a config that is not ours fails in its own way
+        raise UserError(f"{path} does not fit its own model_config: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path} holds weights that are not finite; take an older one")
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 

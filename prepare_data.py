@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -61,16 +62,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float in [low, high], or in (low, high] with `above`; NaN is refused."""
+def number(kind, low, high=None, above=False):
+    """An argparse type: an int or float in [low, high], or in (low, high] with `above`; NaN and infinity are refused.
+
+    Without `high`, an int ends at 10^12: more than any count here, and far from where int64 or a float would overflow.
+    """
+    high = {int: 10**12, float: sys.float_info.max}[kind] if high is None else high
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or not (low < value <= high if above else low <= value <= high):
-            bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
+        if not (low < value <= high if above else low <= value <= high):
+            bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == sys.float_info.max else f" and at most {high}")
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'} {bounds}")
         return value
 
@@ -78,20 +83,26 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def run(main):
-    """Call main(); turn a UserError, or an OSError, into one line on stderr and exit code 2."""
-    name = Path(sys.argv[0]).name
+    """Call main(); turn a UserError, an OSError or a lack of memory into one line on stderr and exit code 2."""
     try:
         main()
+        return
     except UserError as error:
-        print(one_line(f"{name}: {error}"), file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except OSError as error:
-        print(one_line(f"{name}: {error.filename or 'a file'}: {error.strerror or error}; name another place or free this one"), file=sys.stderr)
-        sys.exit(2)
+        message = f"{error.filename or 'a file'}: {error.strerror or error}; name another place or free this one"
+    except (MemoryError, RuntimeError) as error:  # numpy raises the one, torch the other
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        message = f"out of memory ({(str(error) or 'no size given').splitlines()[0]}); ask for less at once: a smaller batch, fewer samples"
     except KeyboardInterrupt:
         sys.exit(130)
+    rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # torchrun mixes the output of all
+    print(one_line(f"{Path(sys.argv[0]).name}{rank}: {message}"), file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,14 +235,25 @@ def gpt2_encoding():
                         "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it") from None  # fmt: skip
 
 
-@functools.cache
-def bert_tokenizer(where):
+def bert_class():
     try:
         from transformers import BertTokenizerFast
     except ImportError:
         raise UserError("the bert tokenizer needs transformers: pip install transformers") from None
+    return BertTokenizerFast
+
+
+@functools.cache
+def bert_of(vocab):
+    """The bert tokenizer of a tuple of word pieces, made once: it takes longer than a text."""
+    return bert_class()(vocab={piece: i for i, piece in enumerate(vocab)})
+
+
+@functools.cache
+def bert_tokenizer(where):
+    kind = bert_class()
     try:
-        tokenizer, reason = BertTokenizerFast.from_pretrained(where), "no vocabulary"
+        tokenizer, reason = kind.from_pretrained(where), "no vocabulary"
     except Exception as error:
         tokenizer, reason = [], type(error).__name__
     if len(tokenizer) < 1000:  # transformers 5 makes an empty tokenizer where it finds no files
@@ -257,6 +279,21 @@ def describe_tokenizer(args):
     bert = bert_tokenizer(args.bert)
     return dict(tokenizer="bert", vocab_size=len(bert), bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id,
                 vocab=bert.convert_ids_to_tokens(list(range(len(bert)))), join=" ")  # fmt: skip
+
+
+def encode(meta, text, frame=True):
+    """Text -> token ids (a list), special tokens read as such, BOS before with `frame` where rows have one; UserError for unknown words."""
+    bos = [meta["bos_id"]] if frame and meta["bos_id"] is not None else []
+    if meta["tokenizer"] == "gpt2":
+        return bos + gpt2_encoding().encode(text, allowed_special="all")
+    if meta["tokenizer"] == "bert":
+        return bos + bert_of(tuple(meta["vocab"]))(text, add_special_tokens=False)["input_ids"]
+    index = {word: i for i, word in enumerate(meta["vocab"])}
+    words = text.split() if meta["join"] else text
+    unknown = [word for word in words if word not in index]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not in the vocabulary that the model was trained on; use its {'words' if meta['join'] else 'characters'}")
+    return [index[word] for word in words]
 
 
 def decode(meta, ids):
@@ -304,6 +341,7 @@ def frame(rows, bos, eos):
 
 def load_documents(args):
     """The sources as `datasets`: {"train": Dataset, "val": Dataset or None}."""
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else `datasets` reports each use of its readers to a host on the network
     import datasets
 
     local = [Path(source) for source in args.source if Path(source).exists()]
@@ -330,6 +368,7 @@ def load_documents(args):
     except UserError:
         raise
     except Exception as error:  # datasets, huggingface_hub, pyarrow and requests each raise their own kinds
+        error = error.__cause__ or error  # datasets hides what it met behind an error of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise UserError(f"cannot load {args.source[0]!r}: {type(error).__name__}: {reason[:200]}; check the name, the file and the "
                         "network, or give local files with --source") from None  # fmt: skip
@@ -360,8 +399,11 @@ def text_rows(args):
     encode = functools.partial(encode_batch, tokenizer=args.tokenizer, column=args.column, bert=args.bert)
 
     def rows(dataset, title):
-        tokens = dataset.map(encode, batched=True, remove_columns=dataset.column_names, num_proc=min(args.workers, len(dataset)) or None,
-                             desc=f"tokenising {title}")  # fmt: skip
+        try:
+            tokens = dataset.map(encode, batched=True, remove_columns=dataset.column_names, num_proc=min(args.workers, len(dataset)) or None,
+                                 desc=f"tokenising {title}")  # fmt: skip
+        except RuntimeError as error:  # a worker was killed, most often for its memory
+            raise UserError(f"tokenising {title} failed: {str(error).splitlines()[0]}; try fewer --workers") from None
         documents = (ids for batch in tokens.with_format("numpy").iter(1000) for ids in batch["ids"] if len(ids))
         return pack(documents, args.seq_len, tokenizer["bos_id"], tokenizer["eos_id"])
 
@@ -399,16 +441,44 @@ def read_meta(folder):
         raise UserError(f"no data set at {folder}; make one with: python prepare_data.py {Path(folder).name}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"vocab_size", "seq_len", "train_rows", "val_rows", "tokenizer", "sha256"} - meta.keys()
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is not the meta.json of a data set; make it anew with prepare_data.py --force") from None
-    if not missing and not all(type(meta[k]) is int and meta[k] > 0 for k in ("vocab_size", "seq_len", "train_rows", "val_rows")):
-        raise UserError(f"{path}: vocab_size, seq_len, train_rows and val_rows must be positive integers; make it anew with prepare_data.py --force")
-    if not missing and not (isinstance(meta["sha256"], dict) and all(isinstance(meta["sha256"].get(k), str) for k in ("train", "val"))):
-        raise UserError(f"{path}: sha256 must give that of train and of val; make it anew with prepare_data.py --force")
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; make it anew with prepare_data.py --force")
+    except (ValueError, RecursionError):
+        meta = None
+    if fault := meta_fault(meta):
+        raise UserError(f"{path}: {fault}; make it anew with prepare_data.py --force")
     return meta
+
+
+def meta_fault(meta):
+    """What keeps `meta` from being what a meta.json of ours holds, in a few words; None where nothing does."""
+    if not isinstance(meta, dict):
+        return "it is not the meta.json of a data set"
+    if missing := {"vocab_size", "seq_len", "train_rows", "val_rows", "tokenizer", "bos_id", "eos_id", "pad_id", "sha256"} - meta.keys():
+        return f"it lacks {', '.join(sorted(missing))}"
+    for key, high in dict(vocab_size=65536, seq_len=1 << 20, train_rows=10**12, val_rows=10**12).items():
+        if type(meta[key]) is not int or not 1 <= meta[key] <= high:
+            return f"{key} is not an integer from 1 to {high}"
+    for key in ("bos_id", "eos_id", "pad_id"):
+        if (value := meta[key]) is not None and (type(value) is not int or not 0 <= value < meta["vocab_size"]):
+            return f"{key} is no token of the vocabulary"
+    if not (isinstance(meta["sha256"], dict) and all(isinstance(meta["sha256"].get(k), str) for k in ("train", "val"))):
+        return "sha256 does not give that of train and of val"
+    if meta["tokenizer"] == "gpt2":
+        return None if meta["vocab_size"] == 50257 else "vocab_size is not the 50257 of gpt2"
+    if meta["tokenizer"] not in ("grammar", "bert", "char"):
+        return "tokenizer is none of gpt2, bert, char and grammar"
+    words = meta.get("vocab")
+    if not (isinstance(words, list) and len(words) == meta["vocab_size"] and all(isinstance(w, str) for w in [*words, meta.get("join")])):
+        return "vocab and join do not hold vocab_size words and what stands between them"
+    return None
+
+
+def same_tokens(path, trained, folder, meta):
+    """UserError where the data set in `folder` has other tokens, or rows of another length, than the checkpoint at `path` was trained on."""
+    for key in ("tokenizer", "vocab_size", "seq_len", "vocab"):
+        if trained.get(key) != meta.get(key):
+            was, now = (trained[key], meta[key]) if key != "vocab" else ("of its own", "of other words")
+            raise UserError(f"{path} was trained on rows of {key} {was}, {folder} has {key} {now}; "
+                            "name the data set that it was trained on with --data")  # fmt: skip
 
 
 def read_rows(folder, split, meta):
@@ -531,7 +601,10 @@ def build(args, folder):
                             "give more text or a smaller --seq-len")  # fmt: skip
     meta = dict(name=args.name, seq_len=args.seq_len, **tokenizer, train_rows=counts["train"], val_rows=counts["val"],
                 source=args.source, sha256=digests)  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(folder / "meta.json", "w", encoding="utf-8") as file:
+        file.write(json.dumps(meta, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     return meta
 
 
@@ -541,21 +614,25 @@ def main():
         print(f"{args.out} is already there; --force makes it anew")
         return
     args.out = args.out.resolve()
-    if args.out.exists() and (not args.out.is_dir() or {p.name for p in args.out.iterdir()} - {"train.bin", "val.bin", "meta.json"}):
-        raise UserError(f"{args.out} exists and is not a data set alone; name another folder with --out")
     old = args.out.with_name(args.out.name + ".old")
     partial = args.out.with_name(args.out.name + ".partial")
+    for folder in (args.out, old, partial):  # the last two as a killed run left them: this one replaces them
+        if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {"train.bin", "val.bin", "meta.json"}):
+            raise UserError(f"{folder} exists and is not a data set alone; name another folder with --out")
     fresh_parent = not args.out.parent.exists()
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (partial.exists() and os.path.samestat(os.fstat(lock), os.stat(partial))):
+            raise BlockingIOError  # another finished, and renamed what is locked here, since it was opened
     except BlockingIOError:
         raise UserError(f"another prepare_data.py is writing {args.out}; wait for it to end") from None
     except OSError as error:
         raise UserError(f"cannot write {args.out}: {error.strerror}; name another folder with --out") from None
     try:
         meta = build(args, partial)
+        shutil.rmtree(old, ignore_errors=True)
         if args.out.exists():
             args.out.rename(old)
         partial.rename(args.out)

@@ -1,30 +1,42 @@
-"""Write text with a trained model, in any number of network evaluations (NFE).
+"""Write text with a trained model, in any number of network evaluations (NFE): free, after a prompt, or around given words.
 
     python sample.py --nfe 1                                     # one jump, from the run of distill.py --loss esd
     python sample.py --checkpoint runs/grammar-psd/checkpoint.pt --nfe 1 2 4
     python sample.py --checkpoint runs/owt-diagonal/checkpoint.pt --nfe 64      # stage 1: Euler steps
     python sample.py --nfe 32 --watch                            # a sequence crystallises in the terminal
+    python sample.py --prompt "In 1969" --nfe 8 --guidance 1.5   # of a model trained with --context any or block
+    python sample.py --infill "some [MASK] near the [MASK]"      # of one trained with --context scatter
+    python sample.py --reward my_rewards:plural --particles 8 --gamma 0.5 --nfe 8
 
 Reads a checkpoint of either stage. Prints decoded text, and writes it to --output: one sample a line
 (newlines inside a sample as \\n) or, for a name that ends in .npy, token ids of shape (samples, L).
 The state stays in the embedding: y of shape (B, L, D), never (B, L, V).
+
+--reward names a Python function that this program imports and calls: the only code that it loads by name.
+It is called as function(texts), a list of str, or, if it has a parameter `probabilities`, as
+function(texts, probabilities) with a list of tensors (L, V), and returns a number for each.
 """
 
 import functools
+import importlib
+import inspect
+import itertools
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Draw, load_model, machine_flags, resolve_machine
-from prepare_data import Parser, UserError, decode, number, one_line, run
+from model import Draw, Given, chunks, load_model, lowered, machine_flags, probabilities, resolve_machine
+from prepare_data import Parser, UserError, decode, encode, number, one_line, run
 
 
 @torch.no_grad()
-def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0, normal=None, watch=None):
+def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0, normal=None, watch=None, select=None):
     """Tokens (B, L), int64, from standard normals xi (B, L, model.noise_size), in `nfe` network evaluations.
 
     The flow map jumps along the schedule's grid, X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The
@@ -39,7 +51,8 @@ def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0,
                      fresh noise, normal() -> like xi, brings the state back along the path. 0 is the flow map
                      alone, 1 jumps to data each time (multistep consistency sampling)
         sigma        scales the noise that it starts from
-    watch(h), where given, is called with the hidden vectors (B, L, D) of each evaluation.
+    watch(h), where given, is called with the hidden vectors (B, L, D) of each evaluation. select(y, t), where given,
+    chooses the states to go on with after each jump but the last.
     """
     tau = torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]
     grid, overshot = (model.times(progress).to(xi.dtype).to(xi.device) for progress in (tau, tau + gamma * (1 - tau)))
@@ -53,6 +66,8 @@ def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0,
             y = model.path.flow_map(y, model.soft_embedding(h / temperature), s, u)
             if gamma:
                 y = renoise(model, y, u, t, normal())
+            if select:
+                y = select(y, t)
     return model.argmax(h)
 
 
@@ -66,18 +81,159 @@ def renoise(model, y, u, t, xi):
     return a[..., None] * y + added[..., None] * model.embed_noise(xi)
 
 
-def draw_samples(model, nfe, count, batch_size, seed, euler, dtype="float32", watch=None, **knobs):
+class Guided(Given):
+    """A network given a context, with classifier-free guidance: psi + omega (psi(c) - psi), both branches in one batch (section 4.2).
+
+    The branch without the context sees the block alone. A drift or a flow map is linear in psi, so that guides it too,
+    and the most probable token, for omega >= 1, is one that psi(c) allows.
+    """
+
+    def __init__(self, model, keys, positions, omega):
+        self.omega, c = omega, keys[0][0].shape[2]
+        B, n = keys[0][0].shape[0], len(positions)
+        seen = torch.ones(2 * B, 1, 1, c + n, dtype=torch.bool, device=positions.device)
+        seen[B:, ..., :c] = False
+        super().__init__(model, [tuple(x.repeat(2, 1, 1, 1) for x in pair) for pair in keys], positions, seen)
+
+    def __call__(self, y, s, t):
+        """Hidden vectors (2 B, n, D): with the context, then without."""
+        return super().__call__(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in (y, s, t)))
+
+    def mix(self, values):
+        """Two halves, with the context and without -> the guided one."""
+        given, alone = values.chunk(2)
+        return alone + self.omega * (given - alone)
+
+    def soft_embedding(self, h):
+        return self.mix(self.model.soft_embedding(h))
+
+    def argmax(self, h):
+        flat, head = h.view(2, -1, h.shape[-1]), lowered(self.head)
+        parts = [self.mix(probabilities(flat[:, rows] @ head.T)).argmax(-1) for rows in chunks(flat.shape[1], 2 * len(head))]
+        return torch.cat(parts, 1).view(-1, h.shape[1])
+
+
+def condition(model, keys, positions, omega=1.0):
+    """The network to sample a block with: given the keys of a context, or None, and the block's positions (n,)."""
+    if keys is None or omega == 0:
+        return model.given(None, positions)
+    return model.given(keys, positions) if omega == 1 else Guided(model, keys, positions, omega)
+
+
+@torch.no_grad()
+def continue_text(model, tokens, length, block_size, normal, omega=1.0, **how):
+    """Tokens (B, p), p >= 0, written on to (B, length) in blocks; int64.
+
+    Each block is a `generate` given all before it. Keys and values are computed once for the prompt and once for each
+    finished block. Where the text outgrows the model's L positions the window slides: the context is the latest tokens
+    that leave room for the block, encoded anew. normal(n) -> standard normals (B, n, noise_size). how: for generate.
+    """
+    start, keys = 0, None  # of the window, and of its tokens so far
+    while (written := tokens.shape[1]) < length:
+        n = min(block_size, length - written)
+        if written + n - start > model.config.seq_len:
+            start, keys = written + n - model.config.seq_len, None
+        fresh = tokens[:, start + (keys[0][0].shape[2] if keys else 0) :]
+        if fresh.shape[1] and omega != 0:
+            keys = model.encode(fresh, before=keys)
+        positions = torch.arange(written - start, written - start + n, device=tokens.device)
+        block = generate(condition(model, keys, positions, omega), normal(n), normal=functools.partial(normal, n), **how)
+        tokens = torch.cat([tokens, block], 1)
+    return tokens
+
+
+@torch.no_grad()
+def fill_in(model, tokens, given, normal, omega=1.0, **how):
+    """Tokens (B, L) with those where the bool tensor `given` (L,) holds kept, and all others written around them."""
+    places, gaps = given.nonzero().squeeze(1), (~given).nonzero().squeeze(1)
+    keys = model.encode(tokens[:, places], places) if len(places) else None
+    block = generate(condition(model, keys, gaps, omega), normal(len(gaps)), normal=functools.partial(normal, len(gaps)), **how)
+    return tokens.index_copy(1, gaps, block)
+
+
+# ------------------------------------------------------------------------------------------------
+# Steering: of several particles, those whose look-ahead is worth more go on.
+
+
+class Steering:
+    """A `select` for `generate`: resamples groups of `particles` rows by what their look-ahead is worth.
+
+    The look-ahead from y_t is psi_t1, the flow map's own jump to data (18), one evaluation more a step (psi_tt where only
+    the diagonal is trained: `euler`). A particle's weight is exp(strength (reward - the reward that it had when it
+    was last resampled)), as in sequential Monte Carlo.
+    reward: (list of str, list of (L, V) tensors, or None) -> one number each. uniform() -> (rows, k) tensor.
+    """
+
+    def __init__(self, model, euler, reward, decode_row, particles, strength, uniform):
+        self.model, self.euler, self.reward, self.decode_row, self.uniform = model, euler, reward, decode_row, uniform
+        self.particles, self.strength, self.before = particles, strength, 0.0
+
+    def select(self, y, t):
+        end = self.model.times(torch.ones(1, 1, dtype=torch.float64)).to(t).expand_as(t)
+        h = self.model(y, t, t if self.euler else end)
+        chosen, values = self.resample(self.model.argmax(h), h)
+        self.before = values[chosen]
+        return y[chosen]
+
+    def resample(self, tokens, h=None):
+        """(indices of the rows that go on, every row's reward), by systematic resampling within each group."""
+        head, texts = lowered(self.model.head), [self.decode_row(row) for row in tokens.cpu()]
+        wants = "probabilities" in inspect.signature(self.reward).parameters
+        if wants and h is not None:
+            psi = [probabilities(row @ head.T).cpu() for row in h]
+        elif wants:
+            psi = [F.one_hot(row, len(head)).float() for row in tokens.cpu()]
+        values = torch.as_tensor(self.reward(texts, psi) if wants else self.reward(texts), dtype=torch.float64).cpu()
+        if values.shape != (len(texts),) or not values.isfinite().all():
+            raise UserError(
+                f"the reward gave {tuple(values.shape)} values for {len(texts)} texts, or one that is not finite; it must give a number each"
+            )
+        weights = (self.strength * (values - self.before)).view(-1, self.particles).softmax(-1)
+        places = (self.uniform(1)[:: self.particles] + torch.arange(self.particles)) / self.particles  # (groups, particles), rising
+        chosen = torch.searchsorted(weights.cumsum(-1), places).clamp(max=self.particles - 1)
+        return (chosen + torch.arange(len(chosen))[:, None] * self.particles).flatten(), values
+
+
+def load_reward(name):
+    """The function that "module:function" names, from the current folder or an installed module."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"--reward {name}: {error}; give module:function, of a file module.py in this folder") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples in batches.
+
+
+def write_freely(model, B, normal, **how):
+    """`generate` for B whole rows, from normal(n) -> standard normals (B, n, noise_size)."""
+    L = model.config.seq_len
+    return generate(model, normal(L), normal=functools.partial(normal, L), **how)
+
+
+def draw_samples(model, nfe, count, batch_size, seed, euler, dtype="float32", watch=None, write=write_freely, steer=None, **knobs):
     """`count` samples in batches: token ids, int64 numpy (count, L). Sample i depends on (seed, i) alone.
 
-    watch and knobs (temperature, gamma, sigma): see `generate`.
+    write(model, B, normal, **how) makes B of them; steer: the arguments of Steering between euler and
+    uniform, if any. watch and knobs (temperature, gamma, sigma): see `generate`.
     """
-    device = model.head.device
-    rows, L = [], model.config.seq_len
+    device, many = model.head.device, steer[2] if steer else 1  # rows behind one sample
+    rows = []
     for first in tqdm(range(0, count, batch_size), desc=f"{nfe} NFE", unit="batch", leave=False, disable=True if watch else None):
-        draw = Draw(seed, 0, np.arange(first, min(first + batch_size, count)), device)
+        draw = Draw(seed, 0, np.arange(first * many, min(first + batch_size, count) * many), device)
+        how = dict(nfe=nfe, euler=euler, watch=watch, **knobs)
+        if steer:
+            steering = Steering(model, euler, *steer, draw.uniform)
+            how["select"] = steering.select
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            normal = functools.partial(draw.normal, L, model.noise_size)
-            rows.append(generate(model, normal(), nfe, euler, normal=normal, watch=watch, **knobs).cpu())
+            normal = lambda n: draw.normal(n, model.noise_size)  # noqa: B023, E731
+            tokens = write(model, len(draw.rows), normal, **how)
+            if steer:
+                tokens = tokens.cpu()[steering.resample(tokens)[0][::many]]
+        rows.append(tokens.cpu())
     return torch.cat(rows).numpy()
 
 
@@ -112,10 +268,16 @@ def sampling_flags(parser, count, sweep=False):
     machine_flags(parser.add_argument_group("machine"))
 
 
-def check_output(flag, path):
-    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
+def check_output(flag, path, inputs):
+    """Raise UserError, before the work that it would lose, where `path` cannot be a file to write or is one of the `inputs`."""
+    if not path:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path}: " + ("it is a folder, name a file" if path.is_dir() else f"there is no folder {path.parent}; make it first"))
+    if any(path.resolve() == other.resolve() for other in inputs if other):
+        raise UserError(f"{flag} {path}: it is named by another flag too; name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: it cannot be written; name another file")
 
 
 def write_samples(path, rows, meta):
@@ -138,7 +300,7 @@ def watcher(model, meta, nfe):
 
     On a terminal one frame an evaluation, each token coloured by its probability; elsewhere one plain line.
     """
-    terminal, steps = sys.stdout.isatty(), iter(range(1, nfe + 1))
+    terminal, steps = sys.stdout.isatty(), itertools.cycle(range(1, nfe + 1))
 
     def show(h):
         chances, tokens = map(torch.cat, zip(*((rows @ model.head.T).softmax(-1).max(-1) for rows in h[0].float().split(64)), strict=True))
@@ -154,27 +316,107 @@ def watcher(model, meta, nfe):
     return show
 
 
+def prompted(args, checkpoint):
+    """The `write` of draw_samples that --prompt, --prompt-file or --infill asks for; UserError where the model cannot."""
+    asked = [name for name in ("prompt", "prompt_file", "infill") if getattr(args, name) is not None]
+    trained = checkpoint["args"].get("context")
+    if not asked:
+        if args.guidance != 1 or args.block_size or args.length:
+            raise UserError("--guidance, --block-size and --length shape what follows a context; give --prompt, --prompt-file or --infill")
+        return write_freely
+    if len(asked) > 1 or args.reward:
+        raise UserError("give one of --prompt, --prompt-file, --infill and --reward")
+    flag, need = ("--infill", "scatter") if args.infill is not None else ("--" + asked[0].replace("_", "-"), "any or block")
+    if not trained or (trained == "scatter") != (need == "scatter"):
+        raise UserError(f"{args.checkpoint} was trained {f'with --context {trained}' if trained else 'without contexts'}; {flag} needs a model "
+                        f"trained with train_diagonal.py --context {need}")  # fmt: skip
+    if args.guidance != 1 and not checkpoint["args"]["context_dropout"]:
+        raise UserError(f"{args.checkpoint} never saw a block without its context; --guidance needs one trained with --context-dropout above 0")
+    return infilled(args, checkpoint["meta"]) if need == "scatter" else continued(args, checkpoint)
+
+
+def continued(args, checkpoint):
+    """The `write` of --prompt and --prompt-file."""
+    meta = checkpoint["meta"]
+    L = meta["seq_len"]
+    try:
+        text = args.prompt if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {args.prompt_file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; name a text file") from None
+    tokens, length, size = encode(meta, text), args.length or L, args.block_size or checkpoint["args"]["block_size"] or L
+    if len(tokens) >= length:
+        raise UserError(f"the prompt has {len(tokens)} tokens and the text is to have {length}; give a shorter prompt or a larger --length")
+    if length > L and size >= L:
+        raise UserError(f"--length {length} is more than the {L} tokens that the model sees; give a --block-size below {L}, for its window to slide")
+
+    def write(model, B, normal, **how):
+        prompt = torch.tensor(tokens, dtype=torch.long, device=model.head.device).expand(B, -1)
+        return continue_text(model, prompt, length, size, normal, args.guidance, **how)
+
+    return write
+
+
+def infilled(args, meta):
+    """The `write` of --infill."""
+    L, tokens, given = meta["seq_len"], [], []
+    for k, piece in enumerate(args.infill.split(args.mask)):
+        known = encode(meta, piece, frame=k == 0)
+        tokens += [0] * (k > 0) + known
+        given += [False] * (k > 0) + [True] * len(known)
+    if all(given) or len(tokens) > L or args.length or args.block_size:
+        raise UserError(f"--infill has {len(tokens)} tokens, {given.count(False)} of them {args.mask}; give one mask or more and at most {L} tokens "
+                        "in all, and neither --length nor --block-size")  # fmt: skip
+    rest = L - len(tokens)
+
+    def write(model, B, normal, **how):
+        device = model.head.device
+        row, kept = torch.tensor(tokens + [0] * rest, device=device), torch.tensor(given + [False] * rest, device=device)
+        return fill_in(model, row.expand(B, L), kept, normal, args.guidance, **how)
+
+    return write
+
+
 def main():
     parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/owt-esd/checkpoint.pt"), metavar="FILE", help="of either stage")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write samples here; -N before the suffix where several NFE are given")
     parser.add_argument("--watch", action="store_true", help="show the first sequence of a batch at each evaluation, coloured by confidence")
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", metavar="TEXT", help="write on from here; of a model trained with --context")
+    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a text file")
+    group.add_argument("--block-size", type=number(int, 1), metavar="K", help="tokens that are written at once (default: as trained)")
+    group.add_argument("--length", type=number(int, 1), metavar="N",
+                       help="tokens in all, prompt included (default: the model's L; above it, the window slides)")  # fmt: skip
+    group.add_argument("--infill", metavar="TEXT", help="keep this text, write what its masks hide and what follows")
+    group.add_argument("--mask", default="[MASK]", metavar="TEXT", help="stands for one token in --infill")
+    group.add_argument("--guidance", type=number(float, 0), default=1.0, metavar="W",
+                       help="weight of the context: 0 ignores it, 1 is plain, above 1 exaggerates; two network calls an evaluation")  # fmt: skip
+    group = parser.add_argument_group("steering")
+    group.add_argument("--reward", metavar="M:F", help="function F of module M that scores texts: particles that promise more go on")
+    group.add_argument("--particles", type=number(int, 2), default=8, metavar="P", help="for each sample")
+    group.add_argument("--strength", type=number(float, 0, above=True), default=10.0, help="of the reward, in nats a unit")
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
-    check_output("--output", args.output)
+    check_output("--output", args.output, [args.checkpoint, args.prompt_file])
+    if args.reward and not args.gamma:
+        raise UserError("--reward: without renoising, the copies of a particle stay the same; give --gamma above 0, 0.5 say")
+    reward = load_reward(args.reward) if args.reward else None
     model, checkpoint = load_sampler(args.checkpoint, args)
-    decode(checkpoint["meta"], [0])  # a missing tokenizer shows before the work, not after
+    meta = checkpoint["meta"]
+    decode(meta, [0])  # a missing tokenizer shows before the work, not after
+    write = prompted(args, checkpoint)
+    steer = (reward, functools.partial(decode, meta), args.particles, args.strength) if reward else None
     for nfe in args.nfe:
-        watch = watcher(model, checkpoint["meta"], nfe) if args.watch else None
-        rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype, watch,
+        watch = watcher(model, meta, nfe) if args.watch else None
+        rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype, watch, write, steer,
                             temperature=args.temperature, gamma=args.gamma, sigma=args.sigma)  # fmt: skip
         if args.output:
             several = f"-{nfe}" if len(args.nfe) > 1 else ""
-            write_samples(args.output.with_stem(args.output.stem + several), rows, checkpoint["meta"])
+            write_samples(args.output.with_stem(args.output.stem + several), rows, meta)
         print(f"--- {nfe} NFE")
         for row in rows[: args.num_samples if not args.output else 4]:
-            print(decode(checkpoint["meta"], row))
+            print(decode(meta, row))
 
 
 if __name__ == "__main__":

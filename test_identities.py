@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 import distill
+import sample
 import train_diagonal
 from evaluate import diagonal_errors, likelihood_bound
 from model import (
@@ -25,6 +26,7 @@ from model import (
     DiT,
     Divergence,
     Draw,
+    GeluLinear,
     ModelConfig,
     argmax_accuracy,
     attention,
@@ -40,7 +42,7 @@ from model import (
 from prepare_data import grammar, grammar_entropy, grammar_log_prob, grammar_longest, grammar_rows, grammar_words, pack
 from sample import generate
 
-torch.set_num_threads(1)  # small tensors; the other core runs test_pipeline.py
+torch.set_num_threads(1)  # small tensors; the other core has tests of its own
 PATHS = sorted(INTERPOLANTS)
 V, L = 5, 3
 SEQUENCES = torch.tensor([[0, 1, 2], [0, 3, 4], [1, 1, 4], [2, 0, 2]])
@@ -551,7 +553,8 @@ def test_teacher_is_a_constant(loss, form):
 def distillation_args(loss, **changes):
     """The flags of distill.py that its objective reads."""
     return SimpleNamespace(**{"loss": loss, "target": "logit", "reverse_kl": False, "boundary": 1 / 8, "step_law": "uniform", "diagonal_share": 0.5,
-                              "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
+                              "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0,
+                              "learned_weight": False} | changes)  # fmt: skip
 
 
 def test_diagonal_conditions(monkeypatch):
@@ -580,7 +583,7 @@ def test_learned_weight(loss):
 
     def loss_of(learned):
         args = distillation_args(loss, learned_weight=learned, consistency_power=0.3)
-        total, _ = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)
+        total = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)[0]["consistency"]
         return (total.item(), *torch.autograd.grad(total, [model.head, last.bias], allow_unused=True))
 
     plain, plain_grad, none = loss_of(False)
@@ -690,6 +693,7 @@ def learned_diagonal():
     return model
 
 
+@pytest.mark.xdist_group("learned_diagonal")
 @pytest.mark.parametrize(
     ("loss", "form", "lr", "weighted"), [("psd", "logit", 3e-3, False), ("lsd", "signed", 3e-3, False), ("esd", "logit", 5e-4, True)]
 )
@@ -853,7 +857,7 @@ def test_activation_checkpointing(loss):
             if loss == "diagonal":
                 total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
             else:
-                total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]
+                total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]["consistency"]
         kept.append(sum(size))
         results.append(torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -875,7 +879,7 @@ def test_compiled_steps_do_not_recompile(monkeypatch):
                 if loss == "diagonal":
                     total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
                 else:
-                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]
+                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]["consistency"]
                 grads = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True)
             if turn in (0, 3):
                 results.append(grads)
@@ -1057,3 +1061,239 @@ def test_forward_mode_is_what_sdpa_lacks():
     ):
         dual = forward_ad.make_dual(q, q)
         torch.nn.functional.scaled_dot_product_attention(dual, dual, dual)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clean context (section 4.2).
+
+
+def masked_reference(model, tokens, y, s, t, c):
+    """What the block's hidden vectors should be, from one pass over context and block with a dense mask, written out."""
+    n = y.shape[1]
+    row = torch.cat([model.embedding[tokens], y], 1)
+    i = torch.arange(c + n)
+    allowed = (i[:, None] >= c) | (i[None] <= i[:, None])  # a context's row sees what is before it, a block's row sees all
+    allowed &= (i[:, None] >= c) | (i[None] < c)
+    one = torch.ones(len(y), c, dtype=y.dtype)
+    s, t = (torch.cat([one, v.expand(-1, n)], 1) for v in (s, t))
+
+    def dense(q, k, v, causal, seen):
+        return ((q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -math.inf)).softmax(-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.attention", dense)
+        return model(row, s, t)[:, c:]
+
+
+def context_case(c=3):
+    """A float64 network, a context of c tokens, an embedded block of 5 - c, and two times."""
+    model = small_model()
+    tokens, y = torch.randint(40, (2, c)), torch.randn(2, 5 - c, 16, dtype=torch.float64)
+    return model, tokens, y, torch.tensor([[0.2], [0.5]], dtype=torch.float64), torch.tensor([[0.6], [0.9]], dtype=torch.float64)
+
+
+def test_given_is_the_masked_pass():
+    """Cached keys and values give what one pass with the mask of section 4.2 gives; so do keys cached in two parts."""
+    model, tokens, y, s, t = context_case()
+    keys, places = model.encode(tokens), torch.arange(3, 5)
+    want = masked_reference(model, tokens, y, s, t, 3)
+    assert torch.allclose(model.given(keys, places)(y, s, t), want, atol=1e-12)
+    parts = model.encode(tokens[:, 1:], before=model.encode(tokens[:, :1]))
+    assert torch.allclose(model.given(parts, places)(y, s, t), want, atol=1e-12)
+    assert not torch.allclose(model.given(None, places)(y, s, t), want, atol=1e-3)
+    assert torch.allclose(model.given(None, torch.arange(2))(y, s, t), model(y, s, t), atol=1e-12)
+
+
+def test_context_sees_no_block_and_no_later_token():
+    """Bit for bit: no token changes the keys and values of one before it."""
+    model, tokens, *_ = context_case()
+    keys = model.encode(tokens)
+    for place in range(3):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % 40
+        for (k, v), (k2, v2) in zip(keys, model.encode(changed), strict=True):
+            assert torch.equal(k[:, :, :place], k2[:, :, :place])
+            assert torch.equal(v[:, :, :place], v2[:, :, :place])
+        assert not torch.equal(keys[-1][1][:, :, place:], model.encode(changed)[-1][1][:, :, place:])
+    longer = model.encode(torch.cat([tokens, tokens[:, :2]], 1))
+    assert all(torch.allclose(k, k2[:, :, :3], atol=1e-15) for (k, _), (k2, _) in zip(keys, longer, strict=True))
+
+
+@pytest.mark.parametrize("lag", LAGS)
+def test_derivative_given_a_context(lag):
+    """D_s h_st of a block, against central differences; the context does not move."""
+    model, tokens, y, s, t = context_case()
+    net = model.given(model.encode(tokens), torch.tensor([[3, 4], [3, 4]]))
+    if lag:
+        s, t = s * torch.tensor([1.0, 0.5]), t * torch.tensor([1.0, 0.7])
+    dy, one, e = torch.randn_like(y), torch.ones_like(s), 1e-6
+    h, dh = net.derivative(y, s, t, dy=dy, ds=one)
+    assert torch.allclose(h, net(y, s, t), atol=1e-12)
+    assert (dh - (net(y + e * dy, s + e, t) - net(y - e * dy, s - e, t)) / (2 * e)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(("kind", "size"), [("block", 2), ("any", 2), ("any", None), ("scatter", None)])
+def test_by_context(kind, size):
+    """Context and block are parts of the row as --context says, the loss is the mean over block tokens, whatever the grouping."""
+    model, L = small_model(), 6
+    model.cos, model.sin = torch.ones(2, L, 4, dtype=torch.float64)  # no positions: tokens alone tell
+    tokens, calls = torch.arange(40 * L).view(40, L) % 40, []
+    args = SimpleNamespace(context=kind, block_size=size, context_dropout=0.25)
+
+    def loss(net, block, draw):
+        calls.append((net.context[0][0], net.positions, block, draw.rows))
+        h = net(net.embedding[block], *torch.full((2, len(block), 1), 0.5, dtype=torch.float64))
+        return {"x": h.square().mean()}, {"n": torch.tensor(float(block.numel())), "pair": torch.tensor([1.0, 2.0])}
+
+    lengths, dropped, contexts = set(), 0, set()
+    for step in range(1, 20):
+        train_diagonal.by_context(loss, [model], tokens, Draw(0, step, np.arange(40), "cpu"), args)
+        contexts |= {0 if keys is None else keys[0].shape[2] for keys, *_ in calls}
+        assert len(calls) <= 8
+        calls.clear()
+    losses, report = train_diagonal.by_context(loss, [model], tokens, Draw(0, 0, np.arange(40), "cpu"), args)
+    for keys, places, block, rows in calls:
+        assert torch.equal(block, tokens[torch.from_numpy(rows)].gather(1, places))
+        c = 0 if keys is None else keys[0].shape[2]
+        lengths.add(block.shape[1])
+        for place in places:
+            assert (place.diff() > 0).all()  # a block's positions rise
+            if kind != "scatter":
+                assert int(place[-1] - place[0]) == len(place) - 1
+                dropped += c != int(place[0])
+                assert c in (0, int(place[0]))
+            else:
+                assert c in (0, L - len(place))
+        if kind == "block":
+            assert c % 2 == 0
+            assert block.shape[1] == 2
+    assert sorted(np.concatenate([rows for *_, rows in calls])) == list(range(40))
+    assert len(contexts) == (3 if kind == "block" else 6)
+    assert max(lengths) <= (size or L)
+    assert kind == "scatter" or 4 <= dropped <= 12  # a quarter of the rows, but for those without a context anyway
+    parts = [train_diagonal.by_context(loss, [model], tokens[i : i + 1], Draw(0, 0, np.array([i]), "cpu"), args) for i in range(40)]
+    alone = sum(part[0]["x"] * part[1]["n"] for part in parts) / sum(part[1]["n"] for part in parts)
+    assert torch.allclose(losses["x"], alone, atol=1e-12)
+    assert report["pair"][1] == 2 * report["pair"][0]
+
+
+def sampling_case(**config):
+    """A network of 12 positions, and normals that are a function of how many were asked for."""
+    torch.manual_seed(1)
+    model = DiT(ModelConfig(40, 12, 2, 16, 2, **config)).double().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    draw = Draw(0, 0, np.arange(3), "cpu")
+    return model, lambda n: draw.normal(n, model.noise_size).double()
+
+
+@pytest.mark.parametrize("omega", [1.0, 1.7])
+def test_blocks_with_and_without_the_cache(omega):
+    """Keys and values kept from block to block give the same tokens as all of them computed anew for each."""
+    model, normal = sampling_case()
+    prompt = torch.randint(40, (3, 2))
+    ours = sample.continue_text(model, prompt, 12, 4, normal, omega, nfe=3)
+    tokens, (_, normal) = prompt, sampling_case()
+    for n in (4, 4, 2):
+        places = torch.arange(tokens.shape[1], tokens.shape[1] + n)
+        net = sample.condition(model, model.encode(tokens), places, omega)
+        tokens = torch.cat([tokens, generate(net, normal(n), 3)], 1)
+    assert torch.equal(ours, tokens)
+    assert torch.equal(ours[:, :2], prompt)
+    _, normal = sampling_case()
+    other = sample.continue_text(model, (prompt + 1) % 40, 12, 4, normal, omega, nfe=3)
+    assert not torch.equal(ours[:, 2:], other[:, 2:])
+
+
+def test_no_later_token_changes_a_block():
+    """The first blocks of a longer text are those of a shorter one; beyond L the window slides, and the text goes on."""
+    model, normal = sampling_case()
+    prompt = torch.randint(40, (3, 2))
+    short = sample.continue_text(model, prompt, 6, 4, normal, nfe=2)
+    long = sample.continue_text(model, prompt, 22, 4, sampling_case()[1], nfe=2)
+    assert torch.equal(short, long[:, :6])
+    assert long.shape == (3, 22)
+    net = model.given(model.encode(long[:, 10:18]), torch.arange(8, 12))  # 22 = 18 + 4, the window's last 8 tokens before it
+    _, normal = sampling_case()
+    noise = [normal(4) for _ in range(5)][-1]
+    assert torch.equal(long[:, 18:], generate(net, noise, 2))
+
+
+def test_guidance():
+    """psi + omega (psi(c) - psi) in one batch: omega 0 and 1 are the plain branches; the drift is linear in psi; no impossible token."""
+    model, normal = sampling_case()
+    keys, places, xi = model.encode(torch.randint(40, (3, 5))), torch.arange(5, 9), normal(4)
+    given, alone = model.given(keys, places), model.given(None, places)
+    for omega, plain in ((0.0, alone), (1.0, given)):
+        net = sample.Guided(model, keys, places, omega)
+        assert torch.equal(generate(net, xi, 3), generate(plain, xi, 3))
+        assert torch.equal(generate(sample.condition(model, keys, places, omega), xi, 3), generate(plain, xi, 3))
+    s = torch.full((3, 1), 0.3, dtype=torch.float64)
+    y = model.embed_noise(xi)
+    psi_c, psi_0 = ((net(y, s, s) @ model.head.T).softmax(-1) for net in (given, alone))
+    net = sample.Guided(model, keys, places, 1.8)
+    h = net(y, s, s)
+    assert torch.allclose(net.soft_embedding(h), (psi_0 + 1.8 * (psi_c - psi_0)) @ model.embedding)
+    assert torch.equal(net.argmax(h), (psi_0 + 1.8 * (psi_c - psi_0)).argmax(-1))
+    drift = [model.path.drift(y, psi @ model.embedding, s) for psi in (psi_0, psi_c)]
+    assert torch.allclose(model.path.drift(y, net.soft_embedding(h), s), drift[0] + 1.8 * (drift[1] - drift[0]))
+
+
+def test_guided_diagonal():
+    """The residual of model guidance vanishes, on average over the posterior, at psi + omega (psi(c) - psi)."""
+    h_c, h_0, head = (0.5 * torch.randn(n, 6, dtype=torch.float64) for n in (4, 4, 9))
+    psi_c, psi_0 = ((h @ head.T).softmax(-1) for h in (h_c, h_0))
+    target, shift = psi_0 + 1.3 * (psi_c - psi_0), torch.full((4, 1), 0.3, dtype=torch.float64)
+    z = target.clamp(min=1e-300).log()
+    mean = sum(
+        psi_c[:, k, None] * distill.guided_residual(z, torch.full((4,), k), h_c, h_0, shift, head)[0] for k in range(9)
+    )  # over tokens drawn from psi(c)
+    inside = (target > 0).all(-1)
+    assert inside.any()
+    assert mean[inside].abs().max() < 1e-12
+
+
+def test_fill_in():
+    """Given tokens stay, wherever they stand; the others depend on them, and not on what stood in their places."""
+    model, normal = sampling_case()
+    tokens, given = torch.randint(40, (3, 12)), torch.arange(12) % 3 == 1
+    out = sample.fill_in(model, tokens, given, normal, nfe=2)
+    assert torch.equal(out[:, given], tokens[:, given])
+    hidden = torch.where(given, tokens, (tokens + 7) % 40)
+    assert torch.equal(out, sample.fill_in(model, hidden, given, sampling_case()[1], nfe=2))
+    changed = torch.where(given, (tokens + 7) % 40, tokens)
+    assert not torch.equal(out[:, ~given], sample.fill_in(model, changed, given, sampling_case()[1], nfe=2)[:, ~given])
+
+
+def test_steering_on_the_oracle():
+    """Particles resampled by their look-ahead: the share of a property goes from its base rate to nearly one, all in the language."""
+    oracle = Oracle("linear", steps=20)
+    oracle.times = lambda q: q * 0.99
+    oracle.embed_noise, oracle.argmax, oracle.noise_size = lambda xi: xi, lambda h: h.argmax(-1), V
+    oracle.config = SimpleNamespace(seq_len=L)
+    texts = [" ".join(map(str, row.tolist())) for row in SEQUENCES]
+    reward = lambda found: [float(text == texts[3]) for text in found]  # noqa: E731 (a tenth of the language)
+    rows = {}
+    for particles in (1, 6):
+        draw = Draw(0, 0, np.arange(120 * particles), "cpu")
+        steering = sample.Steering(oracle, False, reward, lambda row: " ".join(map(str, row.tolist())), particles, 10.0, draw.uniform)
+        normal = lambda: draw.normal(L, V).double()  # noqa: B023, E731
+        tokens = generate(oracle, normal(), 8, gamma=0.3, normal=normal, select=steering.select)
+        rows[particles] = tokens[steering.resample(tokens)[0][::particles]]
+        assert (rows[particles][:, None] == SEQUENCES).all(-1).any(-1).float().mean() > 0.95
+    shares = {n: float((r == SEQUENCES[3]).all(-1).float().mean()) for n, r in rows.items()}
+    assert shares[1] < 0.25
+    assert shares[6] > 0.7
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gelu_linear(bf16):
+    """The linear layer after a gelu that is computed twice, against autograd of the two, also under autocast."""
+    x, w, b = (torch.randn(*shape, dtype=torch.float32 if bf16 else torch.float64, requires_grad=True) for shape in ((2, 3, 8), (4, 8), (4,)))
+    results = []
+    for f in (GeluLinear.apply, lambda x, w, b: torch.nn.functional.linear(torch.nn.functional.gelu(x, approximate="tanh"), w, b)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = f(x.bfloat16() if bf16 else x, w, b)
+        results.append([out, *torch.autograd.grad(out.float().sin().sum() if bf16 else out.sin().sum(), (x, w, b))])
+    assert all(a.dtype == c.dtype for a, c in zip(*results, strict=True))
+    assert all(torch.allclose(a, c, atol=0.02 if bf16 else 1e-12, rtol=0.02 if bf16 else 1e-9) for a, c in zip(*results, strict=True))

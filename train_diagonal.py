@@ -19,10 +19,10 @@ scalars for the log, each a mean or a pair (sum, count) of which the log takes t
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import os
 import platform
-import re
 import resource
 import signal
 import subprocess
@@ -30,6 +30,7 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,43 @@ def quarters(name, values, tau):
     inside = ((4 * tau).long().clamp(max=3) == torch.arange(4)).to(rows.device, non_blocking=True)  # (B, 4)
     sums = torch.where(inside, rows, 0).sum(0)  # not a product: a row that is not finite stays in its quarter
     return {f"{name}_q{k + 1}": torch.stack([sums[k], inside[:, k].sum()]) for k in range(4)}
+
+
+def by_context(loss, networks, tokens, draw, args):
+    """loss(*networks, tokens, draw), or, under --context, its mean over blocks that follow a clean context (section 4.2).
+
+    Of each row (L,) a context of a random length is given, and the network learns the block of args.block_size tokens
+    that comes next, or what is left of the row. args.context says which contexts: "block", whole blocks; "any", any
+    number of tokens; "scatter", any set of positions, the block being all others (for infilling). A share
+    args.context_dropout of the rows learns its block without any context, as guidance needs.
+
+    A step has four contexts' lengths, a quarter of [0, L) apart from a random start, and rows of the same
+    lengths go through the networks together: no mask, so the fused attention kernels serve.
+    """
+    if not args.context:
+        return loss(*networks, tokens, draw)
+    (B, L), size = tokens.shape, args.block_size or tokens.shape[1]
+    quarter, kept = draw.uniform(2).unbind(1)
+    place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
+    start = (place * (L // size)).long() * size if args.context == "block" else (place * L).long()  # (B,)
+    length, context = (L - start).clamp(max=size), torch.where(kept < args.context_dropout, 0, start)
+    order = torch.arange(L, device=tokens.device).expand(B, L)
+    if args.context == "scatter":
+        first = draw.normal(L).argsort(-1).argsort(-1) < start[:, None].to(tokens.device)  # (B, L), true at `start` random places
+        order = torch.argsort(~first, dim=-1, stable=True)  # their positions rising, then the others rising
+    losses, report = {}, {}
+    for c, n in sorted(set(zip(context.tolist(), length.tolist(), strict=True))):
+        mask = (context == c) & (length == n)
+        rows = mask.nonzero().squeeze(1).to(tokens.device, non_blocking=True)
+        part, places = tokens[rows], order[rows]
+        block = places.gather(1, (start[mask, None] + torch.arange(n)).to(tokens.device, non_blocking=True))
+        seen = {id(net): net.given(net.encode(part.gather(1, places[:, :c]), places[:, :c]) if c else None, block) for net in networks}
+        found = loss(*(seen[id(net)] for net in networks), part.gather(1, block), draw.part(mask.numpy()))
+        share = mask.sum().item() * n / length.sum().item()
+        for whole, values in zip((losses, report), found, strict=True):
+            for name, value in values.items():  # a pair (sum, count) adds up as it is
+                whole[name] = whole.get(name, 0) + (value if value.numel() == 2 else share * value)
+    return losses, report
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,13 +245,14 @@ def train(args, ranks, model, ema, objective, meta, passes):
         if start >= args.steps:
             raise UserError(f"{args.out} is at step {start} already; give --steps a larger number than that")
         truncate_log(args.out / "log.jsonl", start, rank)
+    agree(start, meta, args)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         write_config(args)
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        model.compile_parts()
-        ema.compile_parts()
+        for network in (model, ema):
+            network.compile_parts(dynamic=bool(args.context))
     if not model.embedding.requires_grad:
         model.hold_noise()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -239,51 +278,52 @@ def train(args, ranks, model, ema, objective, meta, passes):
         return {f"val_{name}": value for name, value in scores.read().items()}
 
     flops = passes * flops_per_row(model, meta["seq_len"])
-    log = Log(args, start, meta["seq_len"], flops, ranks, means)
-    interrupt = Interrupt()
-    reader = ThreadPoolExecutor(1)  # reads the next step's rows while this one runs
-    ahead = reader.submit(load, "train", args.seed, start)
-    for step in range(start, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown))
-        micro, ahead = batches(ahead.result(), args.seed, step), reader.submit(load, "train", args.seed, step + 1)
-        with autocast:
-            grads, scalars = gradients(params, objective, model, micro, args.surgery)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        optimizer.grad_scale, optimizer.found_inf = None, (~scalars["grad_norm"].isfinite()).float()  # where 1, Adam changes nothing
-        optimizer.step()
-        decay = min(args.ema, (1 + step) / (10 + step))  # the warm-up makes a short run's average useful
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    with Interrupt() as interrupt, contextlib.closing(Log(args, start, meta["seq_len"], flops, ranks, means)) as log, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(load, "train", args.seed, start)  # the reader takes the next step's rows while one runs
+        for step in range(start, args.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup), (args.steps - step) / max(1, args.cooldown))
+            micro, ahead = batches(ahead.result(), args.seed, step), reader.submit(load, "train", args.seed, step + 1)
+            with autocast:
+                grads, scalars = gradients(params, objective, model, micro, args.surgery)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip)
+            optimizer.grad_scale, optimizer.found_inf = None, (~scalars["grad_norm"].isfinite()).float()  # where 1, Adam changes nothing
+            optimizer.step()
+            decay = min(args.ema, (1 + step) / (10 + step))  # the warm-up makes a short run's average useful
+            torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
 
-        done, stopped = step + 1, anywhere(interrupt.asked)
-        last = done == args.steps
-        extra = validate() if last or done % args.val_every == 0 else {}
-        log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
-        if last or stopped or done % args.save_every == 0:
-            means = log.means.state(rank, world)
-            if rank == 0:
-                save(model, ema, optimizer, done, means, meta, args)
-        if stopped and not last:
-            log.say(f"stopped by {interrupt.asked or 'a signal to another rank'} after step {done:,}, which is saved; --resume goes on")
-            break
-    log.close()
-    reader.shutdown()
-    if dist.is_initialized():
-        dist.barrier()
+            done, stopped = step + 1, anywhere(interrupt.asked)
+            last = done == args.steps
+            extra = validate() if last or done % args.val_every == 0 else {}
+            log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
+            if last or stopped or done % args.save_every == 0:
+                means = log.means.state(rank, world)
+                if rank == 0:
+                    os.fsync(log.file)  # a checkpoint's lines outlive what it outlives
+                    save(model, ema, optimizer, done, means, meta, args)
+            if stopped and not last:
+                log.say(f"stopped by {interrupt.asked or 'a signal to another rank'} after step {done:,}, which is saved; --resume goes on")
+                break
+        anywhere(False)  # no rank leaves before rank 0 has written
 
 
 class Interrupt:
-    """SIGTERM and SIGINT, asked for by a user or a scheduler: `asked` names the first, a second one ends the process at once."""
+    """SIGTERM and SIGINT, sent by a user or a scheduler: `asked` names the first, a second one ends the process at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.asked, self.when = None, 0.0
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self.ask)
+        self.before = {name: signal.signal(name, self.ask) for name in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def ask(self, name, frame):
-        if self.asked and time.monotonic() - self.when > 1:  # sooner, it is torchrun passing on what the terminal sent to all
+        # a rank's second one within a second is torchrun passing on what the terminal or the scheduler sent to all
+        if self.asked and ("RANK" not in os.environ or time.monotonic() - self.when > 1):
             signal.signal(name, signal.SIG_DFL)
             os.kill(os.getpid(), name)
         if not self.asked:
@@ -303,7 +343,18 @@ def all_reduce(tensor):
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise UserError(f"another rank ended, so this one does ({str(error).splitlines()[0][:100]}); see that rank's own line") from None
+        raise UserError(f"another rank ended or hangs, so this one ends ({str(error).splitlines()[0][:100]}); see that rank's own line") from None
+
+
+def agree(step, meta, args):
+    """UserError where the ranks do not stand at the same step of the same run on the same data: on one node of several, say."""
+    own = {key: value for key, value in plain(args).items() if key not in ("data", "out", "checkpoint", "config")}
+    digest = int(hashlib.sha256(repr((step, meta["sha256"], own)).encode()).hexdigest()[:8], 16)
+    total = torch.tensor(float(digest), dtype=torch.float64)
+    if dist.is_initialized():
+        all_reduce(total)
+        if total != digest * dist.get_world_size():
+            raise UserError(f"the ranks differ in flags, data or the checkpoint found (here of step {step}); give all the same flags and folders")
 
 
 class Means:
@@ -436,23 +487,32 @@ def flops_per_row(model, L):
 # Ranks, files and flags.
 
 
-def from_torchrun(name, default):
-    """The number that torchrun leaves in an environment variable; UserError where it is none."""
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise UserError(f"{name}={value} in the environment is not a number; torchrun sets it, without torchrun unset it")
-    return int(value)
+def from_torchrun():
+    """(rank, world size, local rank) as torchrun leaves them in the environment, (0, 1, 0) without it; UserError where they make no sense."""
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not any(found.values()):
+        return 0, 1, 0
+    rank, world, local = (int(value) if (value or "").isdecimal() and len(value) < 8 else -1 for value in found.values())
+    if not (0 <= rank < world and 0 <= local < world):
+        said = ", ".join(f"{name}={value}" if value is not None else f"no {name}" for name, value in found.items())
+        raise UserError(f"{said} in the environment is no rank of a group; torchrun sets all three, without torchrun unset them")
+    return rank, world, local
 
 
 @contextlib.contextmanager
 def start_ranks(args):
     """(rank, world size, device) of this process; under torchrun, one of the process group until the block ends."""
-    rank, world, local = (from_torchrun(*pair) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = from_torchrun()
     device = torch.device(args.device if args.device != "cuda" else f"cuda:{local}")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU, this machine has {torch.cuda.device_count()}; start fewer ranks on it")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=args.timeout))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the {world} ranks did not meet: {str(error).splitlines()[0]}; start all with torchrun") from None
     try:
         yield rank, world, device
     finally:
@@ -460,10 +520,15 @@ def start_ranks(args):
             dist.destroy_process_group()
 
 
+def step_of(path):
+    """The step in a name checkpoint-STEP.pt; -1 where there is none."""
+    return int(path.stem[11:]) if path.stem[11:].isdecimal() else -1
+
+
 def checkpoints(folder):
     """The checkpoints in a run's folder, the newest first: checkpoint.pt, then those kept as checkpoint-STEP.pt."""
-    older = sorted(folder.glob("checkpoint-*.pt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0), reverse=True)
-    return [path for path in (folder / "checkpoint.pt", *older) if path.is_file()]
+    kept = sorted((path for path in folder.glob("checkpoint-*.pt") if step_of(path) >= 0), key=step_of, reverse=True)
+    return [path for path in (folder / "checkpoint.pt", *kept) if path.is_file()]
 
 
 def save(model, ema, optimizer, step, means, meta, args):
@@ -490,16 +555,18 @@ def save(model, ema, optimizer, step, means, meta, args):
         beside.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot write {path} at step {step}: {reason}; earlier checkpoints are kept: make room, then --resume") from None
-    for old in [p for p in checkpoints(args.out) if p != path][args.keep :]:
-        old.unlink()
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
+    os.fsync(folder)  # before older ones go
     os.close(folder)
+    kept = [p for p in checkpoints(args.out)[1:] if step_of(p) <= step]  # a later one is what --resume could not read
+    for old in set(checkpoints(args.out)[1:]) - set(kept[: args.keep]):
+        old.unlink()
 
 
 # What --resume may change. All else must be as it was, `stage1` too: the sha256 of the checkpoint that stage 2 starts from.
 MAY_CHANGE = {"data", "out", "checkpoint", "config", "resume", "steps", "lr", "warmup", "cooldown", "clip", "ema", "micro_batch", "log_every",
-              "val_every", "val_batches", "save_every", "keep", "skip_limit", "device", "dtype", "compile", "activation_checkpointing"}  # fmt: skip
+              "val_every", "val_batches", "save_every", "keep", "skip_limit", "timeout", "device", "dtype", "compile",
+              "activation_checkpointing"}  # fmt: skip
 
 
 def restore(model, optimizer, ema, meta, args):
@@ -519,14 +586,19 @@ def restore(model, optimizer, ema, meta, args):
         raise UserError(f"{path} was trained with {checkpoint['model_config']}, these flags give {config_dict(model)}")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
         raise UserError(f"{path} was trained on another data set (sha256 of its rows differs); name that one with --data")
-    for key, was in checkpoint["args"].items():
+    for key, was in ({"loss": None} | checkpoint["args"]).items():  # stage 1 has none
         now = plain(args).get(key)
         if was != now and key not in MAY_CHANGE:
             raise UserError(f"{path} was trained with {key} {was}, this run has {now}; resume with the same, or name another --out")
-    model.load_state_dict(checkpoint["model"], strict=True)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    ema.load_state_dict(checkpoint["ema"], strict=True)
-    return checkpoint["step"], checkpoint.get("means")
+    means = checkpoint.get("means")
+    try:
+        model.load_state_dict(checkpoint["model"], strict=True)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        ema.load_state_dict(checkpoint["ema"], strict=True)
+        Means("cpu", means)
+    except Exception as error:  # torch raises many kinds where a state is of another model
+        raise UserError(f"{path} does not fit its own flags: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}") from None
+    return checkpoint["step"], means
 
 
 def truncate_log(path, step, rank):
@@ -535,13 +607,21 @@ def truncate_log(path, step, rank):
     def keep(line):
         try:
             return json.loads(line)["step"] <= step
-        except ValueError:
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
 
     if rank == 0 and path.exists():
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(line + "\n" for line in path.read_text().splitlines() if keep(line)))
-        os.replace(beside, path)
+        replace(path, "".join(line + "\n" for line in path.read_text(errors="replace").splitlines() if keep(line)))
+
+
+def replace(path, text):
+    """Write a small file whole, or leave the old one."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def plain(args):
@@ -557,7 +637,7 @@ def write_config(args):
         commit = ""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     content = {"flags": args.flags, "resolved": plain(args), "command": sys.argv, "versions": versions, "commit": commit or None}
-    (args.out / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    replace(args.out / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 def training_flags(parser, steps):
@@ -568,8 +648,8 @@ def training_flags(parser, steps):
     group.add_argument(
         "--steps", type=number(int, 1), default=steps, help="optimizer steps (default: 1,000,000 of stage 1 or --joint, 100,000 of stage 2)"
     )
-    group.add_argument("--batch-size", type=number(int, 1), default=512, help="rows a step, over all ranks")
-    group.add_argument("--micro-batch", type=number(int, 1), help="rows a rank takes at once (default: at most 64)")
+    group.add_argument("--batch-size", type=number(int, 1, 1 << 20), default=512, help="rows a step, over all ranks")
+    group.add_argument("--micro-batch", type=number(int, 1, 1 << 20), help="rows a rank takes at once (default: at most 64)")
     group.add_argument("--lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of Adam")
     group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up of the learning rate")
     group.add_argument("--cooldown", type=number(int, 0), default=0, help="last steps, over which it falls linearly to 0; constant between")
@@ -591,6 +671,8 @@ def training_flags(parser, steps):
                        help="steps in a row whose gradient may be not finite, and which change nothing, before the run stops")  # fmt: skip
     group = parser.add_argument_group("machine")
     machine_flags(group)
+    group.add_argument("--timeout", type=number(int, 1, 10**6), default=600, metavar="SECONDS",
+                       help="how long a rank waits for others before all end; must exceed rank 0's time to read the data or to save")  # fmt: skip
     group.add_argument("--compile", action=BooleanOptionalAction, default=None, help="torch.compile (default: on cuda)")
     group.add_argument("--activation-checkpointing", action="store_true",
                        help="keep the input of each block alone and compute the rest again in the backward pass: less memory, more time")  # fmt: skip
@@ -609,7 +691,7 @@ def parse_training_args(parser, argv=None):
     args.flags = plain(args)
     resolve_machine(args)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    share = max(1, args.batch_size // max(1, from_torchrun("WORLD_SIZE", 1)))
+    share = max(1, args.batch_size // from_torchrun()[1])
     args.micro_batch = args.micro_batch or next(n for n in range(min(64, share), 0, -1) if share % n == 0)
     return args
 
@@ -619,7 +701,7 @@ def replay(parser, path):
     try:
         flags = json.loads(path.read_text())["flags"]
         items = list(flags.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--config {path}: not the config.json of a run") from None
     known, argv = {a.dest: a for a in parser._actions}, []
     for key, value in items:
@@ -632,6 +714,28 @@ def replay(parser, path):
             continue  # a switch that was not thrown
         argv += [flag] if isinstance(value, bool) else [f"{flag}={value}"]
     return argv
+
+
+def context_flags(parser):
+    """The flags of conditional training, in both stages."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--context", choices=["block", "any", "scatter"],
+                       help="learn a block given a clean context: whole blocks before it, any number of tokens, or any positions")  # fmt: skip
+    group.add_argument("--block-size", type=number(int, 1), metavar="K", help="tokens that are written at once (default: all after the context)")
+    group.add_argument("--context-dropout", type=number(float, 0, 1), default=0.1, metavar="P",
+                       help="share of the rows that learn their block without the context, for guidance")  # fmt: skip
+
+
+def check_context(args, seq_len):
+    """UserError for flags of `context_flags` that contradict each other or the data."""
+    if args.block_size and not args.context:
+        raise UserError(f"--block-size {args.block_size} says how a context is cut; give --context block or any with it")
+    if args.context == "scatter" and args.block_size:
+        raise UserError(f"--block-size {args.block_size}: with --context scatter the block is all that is not given; leave it out")
+    if args.context == "block" and (not args.block_size or seq_len % args.block_size):
+        raise UserError(f"--context block needs a --block-size that divides the {seq_len} tokens of a row, got {args.block_size}")
+    if (args.block_size or 1) > seq_len:
+        raise UserError(f"--block-size {args.block_size} is longer than the {seq_len} tokens of a row")
 
 
 def model_flags(parser):
@@ -655,14 +759,20 @@ def new_model(args, meta):
 def main():
     parser = Parser(prog="train_diagonal.py", description=__doc__.partition("\n")[0])
     training_flags(parser, steps=1_000_000)
+    context_flags(parser)
     model_flags(parser)
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     meta = read_meta(args.data)
+    check_context(args, meta["seq_len"])
     model = new_model(args, meta)
+
+    def objective(model, tokens, draw):
+        return by_context(functools.partial(diagonal, power=args.diagonal_power), [model], tokens, draw, args)
+
     with start_ranks(args) as ranks:
-        train(args, ranks, model, copy.deepcopy(model), functools.partial(diagonal, power=args.diagonal_power), meta, passes=3)
+        train(args, ranks, model, copy.deepcopy(model), objective, meta, passes=3)
 
 
 if __name__ == "__main__":

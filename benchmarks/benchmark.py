@@ -62,7 +62,7 @@ def v_sized(model, tokens, draw):
 
 def next_token(model, tokens, draw):
     """Next-token cross-entropy of the same backbone with a causal mask; its times are constants."""
-    causal = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+    causal = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
     with mock.patch("model.attention", causal):
         t = torch.ones(len(tokens), 1, device=tokens.device)
         h = model(model.embedding[tokens], t, t)[:, :-1].flatten(0, 1)
@@ -75,7 +75,7 @@ def consistency(loss, teacher, model, tokens, draw):
     args = SimpleNamespace(
         loss=loss, target="logit", reverse_kl=False, boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
     )
-    return {"consistency": distill.consistency(model, teacher or model, tokens, draw, args)[0]}, {}
+    return distill.consistency(model, teacher or model, tokens, draw, args)
 
 
 OBJECTIVES = {"diagonal": diagonal, "V-sized": v_sized, "next token": next_token}
