@@ -201,10 +201,9 @@ def consistency(model, teacher, tokens, draw, args):
 
 
 def guided(model, teacher, tokens, draw, power, guidance):
-    """The diagonal's cross-entropy with its target moved: x1 + (omega - 1) (psi_tt(x_t; c) - psi_tt(x_t)), by a frozen teacher.
+    """The diagonal learnt from the guided one of a frozen teacher: KL(sg[q] || psi_tt(x_t; c)), weighted by (45), in place of (22).
 
-    Its minimiser is the guided denoiser psi_tt(x_t) + omega (psi_tt(x_t; c) - psi_tt(x_t)) of section 4.2, where that
-    is on the simplex. So the flow map that is consistent with it needs one network call a step, not two.
+    So the flow map that is consistent with it needs one network call a step where two-branch guidance needs two.
     """
     B, L = tokens.shape
     tau = draw.uniform(1)
@@ -213,17 +212,21 @@ def guided(model, teacher, tokens, draw, power, guidance):
     h = model(y, t, t).flatten(0, 1)
     with torch.no_grad():
         h_c, h_0 = (net(y, t, t).flatten(0, 1) for net in (teacher, teacher.alone()))
-    shift = torch.full((B * L, 1), guidance - 1.0, device=h.device)
-    divergence = Divergence(signed(guided_residual), (tokens.flatten(), h_c, h_0, shift), (lowered(teacher.head),))
+    omega = torch.full((B * L, 1), guidance, device=h.device)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
+    divergence = Divergence(kl(guided_target), (h_c, h_0, omega), (lowered(teacher.head),))
     loss, report = head_loss(h, model.head, scale, divergence, c=0.01, r=power, compiled=model.compiled)
-    return {"diagonal": loss}, {"diagonal_square": report["loss"].mean()} | quarters("diagonal_square", report["loss"], tau)
+    return {"diagonal": loss}, {"diagonal_kl": report["loss"].mean()} | quarters("diagonal_kl", report["loss"], tau)
 
 
-def guided_residual(z, tokens, h_c, h_0, shift, head):
-    """p - q for the target q of `guided`: (n, V), and nothing to report."""
+def guided_target(z, h_c, h_0, omega, head):
+    """q = psi + omega (psi(c) - psi) (section 4.2), brought back to the simplex: no token below 0, and scaled to sum to 1.
+
+    For omega > 1 the sum itself can have negative entries, which no softmax can meet: the logits would fall for ever.
+    """
     psi_c, psi_0 = (softmax(wide(h @ head.T)) for h in (h_c, h_0))
-    return (softmax(z) - shift * (psi_c - psi_0)).scatter_add_(-1, tokens[:, None], -torch.ones_like(z[:, :1])), {}
+    q = (psi_0 + omega * (psi_c - psi_0)).clamp(min=0)
+    return q / q.sum(-1, keepdim=True), {}
 
 
 def distillation(args, teacher, stage1=None):

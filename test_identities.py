@@ -1239,18 +1239,18 @@ def test_guidance():
     assert torch.allclose(model.path.drift(y, net.soft_embedding(h), s), drift[0] + 1.8 * (drift[1] - drift[0]))
 
 
-def test_guided_diagonal():
-    """The residual of model guidance vanishes, on average over the posterior, at psi + omega (psi(c) - psi)."""
-    h_c, h_0, head = (0.5 * torch.randn(n, 6, dtype=torch.float64) for n in (4, 4, 9))
+def test_guided_target():
+    """psi + omega (psi(c) - psi) where that is on the simplex; else its negative entries are 0; omega 0 and 1 are the branches."""
+    h_c, h_0, head = (torch.randn(n, 6, dtype=torch.float64) for n in (40, 40, 9))
     psi_c, psi_0 = ((h @ head.T).softmax(-1) for h in (h_c, h_0))
-    target, shift = psi_0 + 1.3 * (psi_c - psi_0), torch.full((4, 1), 0.3, dtype=torch.float64)
-    z = target.clamp(min=1e-300).log()
-    mean = sum(
-        psi_c[:, k, None] * distill.guided_residual(z, torch.full((4,), k), h_c, h_0, shift, head)[0] for k in range(9)
-    )  # over tokens drawn from psi(c)
-    inside = (target > 0).all(-1)
-    assert inside.any()
-    assert mean[inside].abs().max() < 1e-12
+    for omega in (0.0, 0.5, 1.0, 1.3):
+        plain = psi_0 + omega * (psi_c - psi_0)
+        q, _ = distill.guided_target(None, h_c, h_0, torch.full((40, 1), omega, dtype=torch.float64), head)
+        inside = (plain >= 0).all(-1)
+        assert torch.allclose(q[inside], plain[inside])
+        assert torch.allclose(q.sum(-1), torch.ones(40, dtype=torch.float64))
+        assert (q[plain < 0] == 0).all()
+        assert inside.all() == (omega <= 1)
 
 
 def test_fill_in():
