@@ -501,6 +501,7 @@ def main():
     on_grammar = meta is not None and meta["tokenizer"] == "grammar"
     if meta:
         decode(meta, [0])  # a missing tokenizer shows before the work, not after
+        np.empty((args.num_samples, meta["seq_len"]), np.int64)  # and so do more samples than memory holds
     if folder:
         train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
         train = train[:: -(-len(train) // args.train_rows)]
