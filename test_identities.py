@@ -433,7 +433,7 @@ def test_bound_of_the_exact_denoiser(bound_by_sequence, path, lag):
     bound = bound_by_sequence(Oracle(path, lag))
     assert np.abs(bound["full"] - bound["embedded"]).max() < 1e-9  # W = I
     mean = bound["full"] @ WEIGHTS.numpy()
-    assert 0.995 * ENTROPY < mean.min() < 1.01 * ENTROPY
+    assert 0.99 * ENTROPY < mean.min() < 1.01 * ENTROPY  # an estimate, so it may fall a little below
     assert mean[0] > 1.1 * ENTROPY  # r* near 0: the positions' own entropies, summed
     assert np.abs(bound["full"][-1] + WEIGHTS.log().numpy()).max() < 0.03
 

@@ -1497,7 +1497,7 @@ def test_folders_that_cannot_be_written(bad, monkeypatch):
         flags = ["--checkpoint", "trained/checkpoint.pt", "--device", "cpu"]
         refused(folder, sample, [*flags, "--output", "x.txt"], "x.txt")
         refused(folder, evaluate, flags, "evaluation.json")
-        refused(folder, evaluate, [*flags, "--output", "/dev/null", "--plot", "x.png"], "x.png")
+        refused(folder, evaluate, [*flags, "--output", f"{tempfile.gettempdir()}/no-such-result.json", "--plot", "x.png"], "x.png")
         refused(folder, prepare_data, ["grammar", "--out", "new"], "new")
         refused(folder, prepare_data, ["grammar", "--out", "grammar", "--force"], "grammar")
         training = ["--data", "grammar", *TINY, "--steps"]
