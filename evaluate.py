@@ -575,6 +575,7 @@ def main():
     for result, texts in zip(results, shown, strict=True):
         title = result["model"] + (f", {result['nfe']} NFE" if result["nfe"] else "")
         text += ["\n".join([f"{title}:", *(f"    {one_line(t)}" for t in texts)])] if texts else []
+    text += [] if folder else ["No control rows and no copied n-grams: no data set was named with --data."]
     text = "\n\n".join(text) + "\n"
     print(text)
     facts = {"flags": vars(args), "torch": torch.__version__, "threads": torch.get_num_threads()}

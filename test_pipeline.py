@@ -1114,6 +1114,7 @@ def test_evaluate_samples(letters, judge, monkeypatch):
     found = evaluated(letters, monkeypatch, "--samples", "s.txt", "folder", "--judge", judge, "--judge-length", 32)["results"]
     assert [r["gen_ppl"] for r in found] == [results[0]["gen_ppl"]] * 2
     assert found[0]["copied_4"] is None
+    assert "No control rows" in (letters / "e.md").read_text()
 
 
 def test_evaluate_samples_of_the_grammar(work, monkeypatch):
