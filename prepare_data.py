@@ -19,6 +19,7 @@ that is interrupted leaves no data set behind, and one that has finished is not 
 """
 
 import argparse
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -265,6 +267,12 @@ def encode_batch(batch, tokenizer, column, bert):
     return {"ids": ids}
 
 
+def end_with_parent():
+    """In a forked worker: have the kernel end it when its parent ends, however that does; it would wait for work for ever. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def describe_tokenizer(args):
     """The tokenizer's part of meta.json, for the word-piece tokenizers."""
     if args.tokenizer == "gpt2":
@@ -397,6 +405,7 @@ def text_rows(args):
     if args.tokenizer == "char":
         return char_rows(args, train, val)
 
+    os.register_at_fork(after_in_child=end_with_parent)
     tokenizer = describe_tokenizer(args)
     encode = functools.partial(encode_batch, tokenizer=args.tokenizer, column=args.column, bert=args.bert)
 
