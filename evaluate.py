@@ -459,6 +459,7 @@ def parse_args():
     if args.output.suffix == ".md":
         raise UserError(f"--output {args.output}: that is the tables' name, beside the JSON's; name it {args.output.with_suffix('.json')}")
     named = [*(args.checkpoint or []), *(args.samples or [])]
+    check_output("--output", args.output, named)  # a folder has no suffix to change
     for flag, path in (("--output", args.output), ("--output", args.output.with_suffix(".md")), ("--plot", args.plot)):
         check_output(flag, path, named)
         named.append(path)

@@ -1134,7 +1134,7 @@ def test_derivative_given_a_context(lag):
 
 @pytest.mark.parametrize(("kind", "size"), [("block", 2), ("any", 2), ("any", None), ("scatter", None)])
 def test_by_context(kind, size):
-    """Context and block are parts of the row as --context says, the loss is the mean over block tokens, whatever the grouping."""
+    """Context and block are parts of the row as --context says, the loss is the mean over rows, whatever the grouping."""
     model, L = small_model(), 6
     model.cos, model.sin = torch.ones(2, L, 4, dtype=torch.float64)  # no positions: tokens alone tell
     tokens, calls = torch.arange(40 * L).view(40, L) % 40, []
@@ -1172,7 +1172,7 @@ def test_by_context(kind, size):
     assert max(lengths) <= (size or L)
     assert kind == "scatter" or 4 <= dropped <= 12  # a quarter of the rows, but for those without a context anyway
     parts = [train_diagonal.by_context(loss, [model], tokens[i : i + 1], Draw(0, 0, np.array([i]), "cpu"), args) for i in range(40)]
-    alone = sum(part[0]["x"] * part[1]["n"] for part in parts) / sum(part[1]["n"] for part in parts)
+    alone = sum(part[0]["x"] for part in parts) / 40
     assert torch.allclose(losses["x"], alone, atol=1e-12)
     assert report["pair"][1] == 2 * report["pair"][0]
 
@@ -1269,7 +1269,7 @@ def test_steering_on_the_oracle():
     """Particles resampled by their look-ahead: the share of a property goes from its base rate to nearly one, all in the language."""
     oracle = Oracle("linear", steps=20)
     oracle.times = lambda q: q * 0.99
-    oracle.embed_noise, oracle.argmax, oracle.noise_size = lambda xi: xi, lambda h: h.argmax(-1), V
+    oracle.embed_noise, oracle.argmax = lambda xi: xi, lambda h: h.argmax(-1)
     oracle.config = SimpleNamespace(seq_len=L)
     texts = [" ".join(map(str, row.tolist())) for row in SEQUENCES]
     reward = lambda found: [float(text == texts[3]) for text in found]  # noqa: E731 (a tenth of the language)

@@ -261,7 +261,9 @@ names = [open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.li
 assert not any("gloo" in name for name in names), names
 """
     (tmp_path / "rank.py").write_text(script)
-    python(tmp_path / "rank.py", cwd=tmp_path, env=dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())))
+    python(
+        tmp_path / "rank.py", cwd=tmp_path, env=dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    )
 
 
 @pytest.mark.parametrize("stage", ["diagonal", *STAGES])
@@ -880,8 +882,8 @@ def test_no_tensor_of_size_v():
     for name in names:
         (_, few), (state, many) = (peak(name, vocab) for vocab in (10_000, 100_000))
         assert many < 8192 * 100_000 * 4
-        # four chunks of logits: the tiny network hides them not
-        assert many - few < 0.1 * (state + few) + 4 * 2**25 * 4
+        # six chunks of logits (ESD holds those of two networks, their tangent, the target): the tiny network hides them not
+        assert many - few < 0.1 * (state + few) + 6 * 2**25 * 4
 
 
 def test_benchmark_steps(tmp_path):

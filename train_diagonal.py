@@ -88,7 +88,7 @@ def quarters(name, values, tau):
 
 
 def by_context(loss, networks, tokens, draw, args):
-    """loss(*networks, tokens, draw), or, under --context, its mean over blocks that follow a clean context (section 4.2).
+    """loss(*networks, tokens, draw), or, under --context, its mean over rows, of which a block follows a clean context (section 4.2).
 
     Of each row (L,) a context of a random length is given, and the network learns the block of args.block_size tokens
     that comes next, or what is left of the row. args.context says which contexts: "block", whole blocks; "any", any
@@ -117,7 +117,7 @@ def by_context(loss, networks, tokens, draw, args):
         block = places.gather(1, (start[mask, None] + torch.arange(n)).to(tokens.device, non_blocking=True))
         seen = {id(net): net.given(net.encode(part.gather(1, places[:, :c]), places[:, :c]) if c else None, block) for net in networks}
         found = loss(*(seen[id(net)] for net in networks), part.gather(1, block), draw.part(mask.numpy()))
-        share = mask.sum().item() * n / length.sum().item()
+        share = mask.sum().item() / B  # every row counts the same, so the mean over micro-batches is that over the batch
         for whole, values in zip((losses, report), found, strict=True):
             for name, value in values.items():  # a pair (sum, count) adds up as it is
                 whole[name] = whole.get(name, 0) + (value if value.numel() == 2 else share * value)
