@@ -233,8 +233,9 @@ names = [open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.li
 assert not any("gloo" in name for name in names), names
 """
     (tmp_path / "rank.py").write_text(script)
-    group = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    python(tmp_path / "rank.py", cwd=tmp_path, env=group)
+    python(
+        tmp_path / "rank.py", cwd=tmp_path, env=dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    )
 
 
 @pytest.mark.parametrize("stage", ["diagonal", *STAGES])
