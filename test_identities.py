@@ -693,7 +693,6 @@ def learned_diagonal():
     return model
 
 
-@pytest.mark.xdist_group("learned_diagonal")
 @pytest.mark.parametrize(
     ("loss", "form", "lr", "weighted"), [("psd", "logit", 3e-3, False), ("lsd", "signed", 3e-3, False), ("esd", "logit", 5e-4, True)]
 )
