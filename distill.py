@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import Divergence, head_loss, kl, load_model, lowered, reverse_kl, signed, softmax, wide
+from model import DIVERGENCES, Divergence, head_loss, kl, load_model, lowered, signed, softmax, wide
 from prepare_data import Parser, UserError, number, read_meta, run, same_tokens
 from train_diagonal import (
     by_context,
@@ -66,17 +66,19 @@ class Jump(NamedTuple):
         return cls(s, u, t, ds, dt)
 
 
-def draw_progress(draw, boundary, law="uniform"):
-    """Progress s <= u <= t, float64 (B, 1) each: a step by `law`, its start uniform, u half-way.
+def draw_progress(draw, boundary, law="uniform", to_data=False):
+    """Progress s <= u <= t, float64 (B, 1) each: a step by `law`, its start uniform (to_data: t = 1), u half-way.
 
     law: the step is uniform on (0.001, 1), or that between a "pair" of uniform times (at s = t nothing
-    would be learned, and the semigroup is 0/0). A share `boundary` of the rows goes all the way from
-    noise to data, as one-step sampling will.
+    would be learned, and the semigroup is 0/0); or one of the "dyadic" jumps that sampling in 1, 2, 4, 8
+    or 16 evaluations makes. A share `boundary` of the rows goes all the way from noise to data.
     """
     step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
-    step = 0.001 + 0.999 * (step if law == "uniform" else 1 - (1 - step).sqrt())
+    jumps = 2 ** (5 * step).floor()  # of a sampler that makes 1, 2, 4, 8 or 16, all as likely
+    step = {"uniform": 0.001 + 0.999 * step, "pair": 0.001 + 0.999 * (1 - (1 - step).sqrt()), "dyadic": 1 / jumps}[law]
     step = torch.where(edge < boundary, 1.0, step)
-    s = start * (1 - step)
+    s = torch.where(step < 1, (start * jumps).floor() / jumps, 0) if law == "dyadic" else start * (1 - step)
+    s = 1 - step if to_data else s
     return s, s + step / 2, s + step
 
 
@@ -87,16 +89,15 @@ def draw_progress(draw, boundary, law="uniform"):
 
 
 def psd(model, teacher, y, jump, args):
-    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64); the student teaches itself."""
+    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64); the student or its average gives both jumps."""
     s, u, t = jump[:3]
     with torch.no_grad():
-        h_su = model(y, s, u)
-        X_su = model.path.flow_map(y, model.soft_embedding(h_su), s, u)
-        h_ut = model(X_su, u, t).flatten(0, 1)
+        h_su = teacher(y, s, u)
+        X_su = model.path.flow_map(y, teacher.soft_embedding(h_su), s, u)
+        h_ut = teacher(X_su, u, t).flatten(0, 1)
         h_su = h_su.flatten(0, 1)
         omega = a_row_each(model.path.omega(s, u, t), y)
-    divergence = (reverse_kl if args.reverse_kl else kl)(semigroup)
-    return model(y, s, t), Divergence(divergence, (h_su, h_ut, omega), (lowered(model.head),))
+    return model(y, s, t), Divergence(DIVERGENCES[args.divergence](semigroup), (h_su, h_ut, omega), (lowered(teacher.head),))
 
 
 def semigroup(z, h_su, h_ut, omega, head):
@@ -113,7 +114,7 @@ def lsd(model, teacher, y, jump, args):
         X_st = model.path.flow_map(y, model.soft_embedding(h), s, t)
         h_tt = teacher(X_st, t, t)
     C = model.path.C(s, t)
-    return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / dt, args.target)
+    return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / dt, args)
 
 
 def esd(model, teacher, y, jump, args):
@@ -124,36 +125,39 @@ def esd(model, teacher, y, jump, args):
         drift = model.path.drift(y, teacher.soft_embedding(h_ss), s)  # b_s(y)
     h, dh = model.derivative(y, s, t, dy=ds[..., None] * drift, ds=ds)
     a, b = model.path.eulerian(s, t)
-    return h, corrected(model, teacher, h_ss, dh, a, -b / ds, args.target)
+    return h, corrected(model, teacher, h_ss, dh, a, -b / ds, args)
 
 
-def corrected(model, teacher, h, dh, a, b, form):
+def corrected(model, teacher, h, dh, a, b, args):
     """The divergence from the identity a (psi_st - psi) + b d psi_st = 0, psi = softmax(h, by the teacher's head).
 
     dz is the derivative of the student's logits, so d psi_st = psi_st delta, delta = dz - <psi_st, dz>. Two
-    forms with the same fixed point, h and dh (B, L, D), a and b (B, 1 or L):
+    forms with the same fixed point (args.target), h and dh (B, L, D), a and b (B, 1 or L):
 
         logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution. For the true map the
                  log's argument is positive; for a network it need not be, so it is kept above CLAMP (a + |b|),
                  and the share of clamped entries is reported.
-        signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, no clamp, and no 0/0 at t = 1.
+        signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, no clamp, and no 0/0 at t = 1. For ESD this
+                 is the target damped towards the prediction: q = a psi_ss + (1 - a) psi_st + (t - s) psi_st delta,
+                 a = (1 - t)/(1 - s), on the linear path.
     """
     by_row = h.flatten(0, 1), dh.flatten(0, 1), a_row_each(a, h), a_row_each(b, h)
-    divergence = kl(corrected_logits) if form == "logit" else signed(residual)
+    divergence = DIVERGENCES[args.divergence](corrected_logits) if args.target == "logit" else signed(residual)
     return Divergence(divergence, by_row, (lowered(teacher.head), lowered(model.head)))
 
 
 def derivatives(z, h, dh, teacher_head, head):
     """The teacher's logits, psi_st and delta, (n, V) each."""
     z_teacher, dz, psi_st = wide(h @ teacher_head.T), wide(dh @ head.T), softmax(z)
-    return z_teacher, psi_st, dz - (psi_st * dz).sum(-1, keepdim=True)
+    return z_teacher, psi_st, dz.sub_(torch.linalg.vecdot(psi_st, dz)[:, None])
 
 
 def corrected_logits(z, h, dh, a, b, teacher_head, head):
     """The "logit" form of `corrected`: (q, {"clamped": share})."""
     z_teacher, _, delta = derivatives(z, h, dh, teacher_head, head)
-    argument, floor = a + b * delta, CLAMP * (a + b.abs())
-    return softmax(z_teacher - argument.clamp(min=floor).log()), {"clamped": (argument < floor).float().mean(-1)}
+    argument, floor = delta.mul_(b).add_(a), CLAMP * (a + b.abs())
+    clamped = (argument < floor).sum(-1) / argument.shape[-1]
+    return softmax(z_teacher.sub_(argument.clamp_(min=floor).log_())), {"clamped": clamped}
 
 
 def residual(z, h, dh, a, b, teacher_head, head):
@@ -179,25 +183,28 @@ TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 # The objective of stage 2: the diagonal on some rows, consistency on the others.
 
 
-def consistency(model, teacher, tokens, draw, args):
-    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or what args asks for in its place, weighted by (45) with c = 1e-6, then by exp(-w)."""
+def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
+    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or what args asks for in its place, weighted by (45) with c = 1e-6, then by exp(-w).
+
+    loss: a key of TEACHERS. to_data: all jumps end at data.
+    """
     B, L = tokens.shape
-    progress = draw_progress(draw, args.boundary, args.step_law)
+    progress = draw_progress(draw, args.boundary, args.step_law, to_data)
     jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in Jump.between(model, *progress)))
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, jump.s)
-    h, divergence = TEACHERS[args.loss](model, teacher, y, jump, args)
+    h, divergence = TEACHERS[loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
     if args.learned_weight:
         w = model.log_weight(jump.s, jump.s if args.loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
     scale = torch.exp(-w.detach()) / (B * L)
-    loss, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=args.consistency_power, compiled=model.compiled)
-    # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `loss` already
+    total, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=args.consistency_power, compiled=model.compiled)
+    # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `total` already
     learned = torch.exp(-w) * report.pop("weighted")
-    name = "consistency_kl" if args.target == "logit" else "consistency_square"
+    name = "consistency_kl" if args.target == "logit" and args.divergence != "square" else "consistency_square"
     report[name] = report.pop("loss")
     bins = quarters(name, report[name], progress[-1])
-    return {"consistency": loss + (learned - learned.detach() + w).mean()}, {name: value.mean() for name, value in report.items()} | bins
+    return {"consistency": total + (learned - learned.detach() + w).mean()}, {name: value.mean() for name, value in report.items()} | bins
 
 
 def guided(model, teacher, tokens, draw, power, guidance):
@@ -234,17 +241,36 @@ def distillation(args, teacher, stage1=None):
     first, networks = functools.partial(diagonal, power=args.diagonal_power), []
     if args.guidance != 1:
         first, networks = functools.partial(guided, power=args.diagonal_power, guidance=args.guidance), [stage1]
-    second = functools.partial(consistency, args=args)
+    second = functools.partial(consistency, args=args, loss=args.loss)
+    third = functools.partial(consistency, args=args, loss="psd", to_data=True)
 
     def objective(model, tokens, draw):
-        # by index and evenly spread: every run of rows holds its share of diagonal ones, whatever the micro-batch
-        mask = np.floor((draw.rows + 1) * args.diagonal_share + 1e-9) > np.floor(draw.rows * args.diagonal_share + 1e-9)
-        part, rest = (torch.from_numpy(np.flatnonzero(m)).to(tokens.device, non_blocking=True) for m in (mask, ~mask))
-        losses, report = by_context(first, [model, *networks], tokens[part], draw.part(mask), args)
-        more_losses, more = by_context(second, [model, teacher or model], tokens[rest], draw.part(~mask), args)
-        return losses | more_losses, report | more
+        on_diagonal, index = spread(draw.rows, args.diagonal_share)
+        to_data = ~on_diagonal & spread(index, args.psd_share)[0]
+
+        def part(mask, loss, *networks):
+            rows = torch.from_numpy(np.flatnonzero(mask)).to(tokens.device, non_blocking=True)
+            return by_context(loss, networks, tokens[rows], draw.part(mask), args)
+
+        losses, report = part(on_diagonal, first, model, *networks)
+        more_losses, more = part(~on_diagonal & ~to_data, second, model, teacher or model)
+        losses, report = losses | more_losses, report | more
+        if args.psd_share:
+            end, more = part(to_data, third, model, model)
+            losses["consistency"] = (1 - args.psd_share) * losses["consistency"] + args.psd_share * end["consistency"]
+            report |= {f"to_data_{name}": value for name, value in more.items()}
+        return losses, report
 
     return objective
+
+
+def spread(rows, share):
+    """(whether each of `rows` is one of a share of them, its index among the others): by index and evenly, so that a run of rows has its share.
+
+    rows: int array (n,), indices into the global batch. So the micro-batch and the number of ranks change nothing.
+    """
+    before, after = (np.floor((rows + k) * share + 1e-9).astype(int) for k in (0, 1))
+    return after > before, rows - before
 
 
 CONTEXT = ("context", "block_size", "context_dropout")  # the flags that stage 2 takes over from stage 1
@@ -252,12 +278,14 @@ CONTEXT = ("context", "block_size", "context_dropout")  # the flags that stage 2
 
 def check_flags(parser, args):
     """Fill in the defaults that depend on --loss and --joint; UserError for flags that contradict each other."""
-    if args.reverse_kl and args.loss != "psd":
-        raise UserError(f"--reverse-kl goes with --loss psd: the teacher of {args.loss} is built for the forward KL")
+    if args.divergence == "reverse-kl" and args.loss != "psd":
+        raise UserError(f"--divergence reverse-kl goes with --loss psd: the teacher of {args.loss} is built for the forward KL")
+    if args.divergence != "kl" and args.target == "signed":
+        raise UserError(f"--divergence {args.divergence}: a signed target is no distribution, and has none; leave out one of the two")
     if args.loss == "psd" and args.target != "logit":
         raise UserError(f"--target {args.target}: the teacher of psd is a distribution as it is; leave it out")
-    if args.loss == "psd" and args.teacher:
-        raise UserError(f"--teacher {args.teacher}: psd has no instantaneous term, it takes no such teacher; leave it out")
+    if args.loss == "psd" and args.teacher == "frozen":
+        raise UserError("--teacher frozen: the semigroup needs jumps, which stage 1 does not know; give self or ema, or leave it out")
     if args.joint:
         if args.checkpoint:
             raise UserError("--joint trains from scratch and --checkpoint names a start; give one of them")
@@ -276,8 +304,13 @@ def check_flags(parser, args):
     args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
     args.steps = args.steps or (1_000_000 if args.joint else 100_000)
     args.out = args.out or Path("runs") / f"{args.data.name}-{args.loss}{'-joint' * args.joint}"
-    if round(args.micro_batch * args.diagonal_share, 6) % 1:
+    if args.psd_share and args.loss == "psd":
+        raise UserError(f"--psd-share {args.psd_share}: with --loss psd all rows are of psd; leave it out, or see --boundary")
+    rows = args.micro_batch * args.diagonal_share
+    if round(rows, 6) % 1:
         raise UserError(f"--micro-batch {args.micro_batch} x --diagonal-share {args.diagonal_share} is not a whole number of rows; change either")
+    if round((args.micro_batch - rows) * args.psd_share, 6) % 1:
+        raise UserError(f"--psd-share {args.psd_share} of the {args.micro_batch - rows:g} rows that are not diagonal is no whole number; change it")
 
 
 def main():
@@ -287,14 +320,18 @@ def main():
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="stage-1 checkpoint (default: runs/DATA-diagonal/checkpoint.pt)")
     group.add_argument("--joint", action="store_true", help="no stage 1: train both losses from scratch, the embedding as well")
     group.add_argument("--teacher", choices=["frozen", "ema", "self"],
-                       help="who gives LSD and ESD the instantaneous denoiser: stage 1 (the default), the averaged weights, the student")  # fmt: skip
+                       help="who gives LSD and ESD the instantaneous denoiser, and PSD its two jumps: stage 1 (the default; "
+                       "not for PSD), the averaged weights, the student (PSD's default)")  # fmt: skip
     group.add_argument("--target", choices=["logit", "signed"], default="logit",
                        help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
     group.add_argument("--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, help="share of the rows that learn the diagonal")
-    group.add_argument("--step-law", choices=["uniform", "pair"], default="uniform",
-                       help="length of a jump t - s, in progress: uniform, or as between a pair of uniform times")  # fmt: skip
+    group.add_argument("--psd-share", type=number(float, 0, 0.99), default=0.0, metavar="X",
+                       help="with lsd and esd: share of the other rows that learn the semigroup instead, by jumps that end at data")  # fmt: skip
+    group.add_argument("--step-law", choices=["uniform", "pair", "dyadic"], default="uniform",
+                       help="length of a jump t - s, in progress: uniform, as between two uniform times, or as in sampling by 1 to 16")  # fmt: skip
     group.add_argument("--boundary", type=number(float, 0, 1), default=1 / 32, help="share of the other rows that jump from noise to data")
-    group.add_argument("--reverse-kl", action="store_true", help="KL(psi || teacher) instead of KL(teacher || psi); with psd")
+    group.add_argument("--divergence", choices=list(DIVERGENCES), default="kl",
+                       help="KL(teacher || psi); with psd KL(psi || teacher); or |teacher - psi|^2 / 2, as in Euclidean flow maps")  # fmt: skip
     group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",
                        help="exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss")  # fmt: skip
     group.add_argument("--learned-weight", action=BooleanOptionalAction, default=True, help="learn a weight of s (PSD) or of s and t (LSD, ESD)")

@@ -605,8 +605,8 @@ def lowered(x):
 
 
 def chunks(rows, vocab_size):
-    """Slices of `rows`, a power of two long: a sixteenth of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
-    elements = min(max(rows * vocab_size // 16, 1 << 22), 1 << 25)
+    """Slices of `rows`, a power of two long: a 32nd of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
+    elements = min(max(rows * vocab_size // 32, 1 << 22), 1 << 25)
     step = 1 << max(0, (elements // vocab_size).bit_length() - 1)
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
@@ -648,15 +648,15 @@ class HeadLoss(torch.autograd.Function):
                         grad_head.addmm_(g.T, low_h[rows])
                     else:
                         grad_head += g.T @ low_h[rows]
-        ctx.save_for_backward(grad_h, grad_head)
+        ctx.found = grad_h, grad_head
         reports = {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
         ctx.mark_non_differentiable(*reports.values())
         return total, tuple(reports), *reports.values()
 
     @staticmethod
     def backward(ctx, grad, *_):
-        grad_h, grad_head = ctx.saved_tensors
-        return grad * grad_h, None if grad_head is None else grad * grad_head, None, None, None, None, None
+        (grad_h, grad_head), ctx.found = ctx.found, None  # once: they are scaled in place, not copied
+        return grad_h.mul_(grad), None if grad_head is None else grad_head.mul_(grad), None, None, None, None, None
 
 
 @functools.cache
@@ -668,7 +668,7 @@ def weighted(function, c, r):
         adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
         weight = scale * adaptive
         report["weighted"] = adaptive * report["loss"]
-        return (weight * report["loss"]).sum(), report, (weight[:, None] * g).to(z.dtype)
+        return (weight * report["loss"]).sum(), report, g.mul_(weight[:, None]).to(z.dtype)
 
     return chunk
 
@@ -722,6 +722,24 @@ def reverse_kl(teacher):
         return report | {"loss": loss, "distance": distance, "teacher_entropy": torch.special.entr(q).sum(-1)}, p * (ratio - loss[:, None])
 
     return divergence
+
+
+@functools.cache
+def square(teacher):
+    """|q - psi|^2 / 2, as on a space without the simplex's geometry; the gradient on the logits is psi (d - <psi, d>), d = psi - q."""
+
+    def divergence(z, *inputs):
+        q, report = teacher(z, *inputs)
+        p = softmax(z)
+        d, entropy = p - q, torch.special.entr(q).sum(-1)
+        distance = torch.linalg.vector_norm(d, dim=-1)
+        g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
+        return report | {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy}, g
+
+    return divergence
+
+
+DIVERGENCES = {"kl": kl, "reverse-kl": reverse_kl, "square": square}
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import sample
 import train_diagonal
 from evaluate import diagonal_errors, likelihood_bound
 from model import (
+    DIVERGENCES,
     INTERPOLANTS,
     LAST,
     DiT,
@@ -33,10 +34,8 @@ from model import (
     attention_tangent,
     cross_entropy,
     head_loss,
-    kl,
     lagged,
     maybe_compiled,
-    reverse_kl,
     schedule_table,
 )
 from prepare_data import grammar, grammar_entropy, grammar_log_prob, grammar_longest, grammar_rows, grammar_words, pack
@@ -297,7 +296,7 @@ def on_rows(divergence, z):
 
 def taught(oracle, loss, form, x, jump):
     """(student's psi_st, target q) of a teacher of distill.py on the oracle, (rows, V) each; q from the gradient p - q."""
-    h, divergence = distill.TEACHERS[loss](oracle, oracle, x, jump, SimpleNamespace(target=form, reverse_kl=False))
+    h, divergence = distill.TEACHERS[loss](oracle, oracle, x, jump, SimpleNamespace(target=form, divergence="kl"))
     psi = h.flatten(0, 1).exp()
     _, g = on_rows(divergence, h.flatten(0, 1))
     return psi, psi - g
@@ -484,15 +483,16 @@ def test_bound_of_a_network():
 # Losses.
 
 
-def plain_loss(h, head, scale, q, c, r, reverse):
-    """The weighted KL(q || p), p = softmax(h head^T), or KL(p || q), written out, with the weight detached."""
+def plain_loss(h, head, scale, q, c, r, kind):
+    """The weighted KL(q || p), p = softmax(h head^T), or KL(p || q), or |q - p|^2 / 2, written out, with the weight detached."""
     p = (h @ head.T).softmax(-1)
     w = ((q - p).square().sum(-1) + c) ** -r
-    a, b = (p, q) if reverse else (q, p)
-    return (scale * w.detach() * (torch.xlogy(a, a) - a * b.log()).sum(-1)).sum()
+    a, b = (p, q) if kind == "reverse-kl" else (q, p)
+    loss = (q - p).square() / 2 if kind == "square" else torch.xlogy(a, a) - a * b.log()
+    return (scale * w.detach() * loss.sum(-1)).sum()
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "kl", "reverse_kl"])
+@pytest.mark.parametrize("kind", ["cross_entropy", *DIVERGENCES])
 def test_head_loss(kind, monkeypatch):
     """The chunked loss equals the plain one, value and gradients, to 1e-9; the KL's logit gradient is q - p."""
     monkeypatch.setattr("model.chunks", lambda rows, _: [slice(i, i + 3) for i in range(0, rows, 3)])
@@ -500,12 +500,12 @@ def test_head_loss(kind, monkeypatch):
     h, head, scale = torch.randn(10, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
     tokens = torch.randint(7, (10,))
     q = torch.nn.functional.one_hot(tokens, 7).double() if kind == "cross_entropy" else torch.randn(10, 7, dtype=torch.float64).softmax(-1)
-    teacher = {"kl": kl, "reverse_kl": reverse_kl}.get(kind, lambda _: cross_entropy)(lambda z, q: (q, {}))
+    teacher = DIVERGENCES.get(kind, lambda _: cross_entropy)(lambda z, q: (q, {}))
     divergence = Divergence(teacher, (tokens if kind == "cross_entropy" else q,))
     results = []
     for loss in (
         lambda a, b: head_loss(a, b, scale, divergence, 0.01, 0.5)[0],
-        lambda a, b: plain_loss(a, b, scale, q, 0.01, 0.5, kind == "reverse_kl"),
+        lambda a, b: plain_loss(a, b, scale, q, 0.01, 0.5, kind),
     ):
         a, b = h.clone().requires_grad_(), head.clone().requires_grad_()
         value = loss(a, b)
@@ -515,12 +515,12 @@ def test_head_loss(kind, monkeypatch):
         assert (ours - plain).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize(("loss", "form"), [*FORMS, ("psd", "reverse")])
+@pytest.mark.parametrize(("loss", "form"), [*FORMS, ("psd", "reverse-kl"), ("psd", "square")])
 def test_no_gradient_at_the_truth(loss, form):
     """The loss has zero gradient where psi is true and a non-zero one where it is not (27, 31, 35)."""
     oracle, x = Oracle("linear"), states("linear", S)
     scale = 0.5 if (loss, form) == ("lsd", "logit") else 1
-    options = SimpleNamespace(target=form, reverse_kl=form == "reverse")
+    options = SimpleNamespace(target=form, divergence=form if form in DIVERGENCES else "kl")
     h, divergence = distill.TEACHERS[loss](oracle, oracle, x, oracle.jump(S * scale, U * scale, T * scale), options)
     sizes = []
     for shift in (0.0, 0.3):
@@ -537,7 +537,7 @@ def test_teacher_is_a_constant(loss, form):
     model = small_model(vocab=V)
     jump = distill.Jump.between(model, column(0.2, 0.1), column(0.4, 0.2), column(0.8, 0.4))
     y = torch.randn(2, 5, 16, dtype=torch.float64)
-    h, divergence = distill.TEACHERS[loss](model, model, y, jump, SimpleNamespace(target=form, reverse_kl=False))
+    h, divergence = distill.TEACHERS[loss](model, model, y, jump, SimpleNamespace(target=form, divergence="kl"))
     h = h.flatten(0, 1)
     z = (h @ model.head.T).detach()
     q = z.softmax(-1) - on_rows(divergence, z)[1]
@@ -552,8 +552,8 @@ def test_teacher_is_a_constant(loss, form):
 
 def distillation_args(loss, **changes):
     """The flags of distill.py that its objective reads."""
-    return SimpleNamespace(**{"loss": loss, "target": "logit", "reverse_kl": False, "boundary": 1 / 8, "step_law": "uniform", "diagonal_share": 0.5,
-                              "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0,
+    return SimpleNamespace(**{"loss": loss, "target": "logit", "divergence": "kl", "psd_share": 0.0, "boundary": 1 / 8, "step_law": "uniform",
+                              "diagonal_share": 0.5, "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0,
                               "learned_weight": False} | changes)  # fmt: skip
 
 
@@ -583,7 +583,7 @@ def test_learned_weight(loss):
 
     def loss_of(learned):
         args = distillation_args(loss, learned_weight=learned, consistency_power=0.3)
-        total = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args)[0]["consistency"]
+        total = distill.consistency(model, model, tokens, Draw(0, 0, np.arange(16), "cpu"), args, loss)[0]["consistency"]
         return (total.item(), *torch.autograd.grad(total, [model.head, last.bias], allow_unused=True))
 
     plain, plain_grad, none = loss_of(False)
@@ -856,7 +856,7 @@ def test_activation_checkpointing(loss):
             if loss == "diagonal":
                 total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
             else:
-                total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]["consistency"]
+                total = distill.consistency(model, model, tokens, draw, distillation_args(loss), loss)[0]["consistency"]
         kept.append(sum(size))
         results.append(torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -878,7 +878,7 @@ def test_compiled_steps_do_not_recompile(monkeypatch):
                 if loss == "diagonal":
                     total = train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
                 else:
-                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss))[0]["consistency"]
+                    total = distill.consistency(model, model, tokens, draw, distillation_args(loss), loss)[0]["consistency"]
                 grads = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True, allow_unused=True)
             if turn in (0, 3):
                 results.append(grads)
@@ -989,6 +989,57 @@ def test_draw_is_low_discrepancy():
     x = Draw(0, 0, np.arange(64), "cpu").normal(1000)
     assert abs(float(x.mean())) < 0.02
     assert abs(float(x.std()) - 1) < 0.02
+
+
+def test_draw_progress_of_a_sampler():
+    """The dyadic law's jumps are those of sampling by 1, 2, 4, 8 and 16, each number as likely and each of its jumps; to_data ends all at 1."""
+    draw = Draw(0, 0, np.arange(16384), "cpu")
+    s, u, t = distill.draw_progress(draw, 0.0, "dyadic")
+    assert torch.allclose(2 * u, s + t)
+    for n in (1, 2, 4, 8, 16):
+        starts = (s[t - s == 1 / n] * n).long()
+        assert len(starts) / 16384 == pytest.approx(0.2, abs=0.01)
+        assert (starts.bincount(minlength=n).double() / len(starts)).tolist() == pytest.approx([1 / n] * n, abs=0.02)
+    assert (distill.draw_progress(draw, 0.5, "dyadic")[0] == 0).double().mean() > 0.5
+    s, u, t = distill.draw_progress(draw, 0.0, to_data=True)
+    assert (t == 1).all()
+    assert torch.allclose(2 * u, s + t)
+    assert s.mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.5), (0.5, 0.25), (0.3, 1 / 7)])
+def test_spread(shares):
+    """Two shares, one of what the other leaves: the same rows whoever asks, and every run of rows holds its part to within one row."""
+    rows = np.arange(1000)
+    first, others = distill.spread(rows, shares[0])
+    second = ~first & distill.spread(others, shares[1])[0]
+    assert (others[~first] == np.arange((~first).sum())).all()
+    for mask, share in ((first, shares[0]), (second, (1 - shares[0]) * shares[1])):
+        counts = np.concatenate([[0], np.cumsum(mask)])
+        assert np.abs((counts[64:] - counts[:-64]) - 64 * share).max() <= 2
+        part = distill.spread(rows[37:99], shares[0])
+        assert (part[0] == first[37:99]).all()
+
+
+def test_psd_rows_beside_another_loss(monkeypatch):
+    """--psd-share: the consistency loss is the mean over both kinds of rows, and those of psd all end at data."""
+    model, tokens = small_model(vocab=V).float(), torch.randint(V, (32, 5))
+    seen, plain = [], distill.consistency
+
+    def spy(*networks, tokens, draw, args, loss, to_data=False):
+        seen.append((loss, to_data, draw.rows.tolist()))
+        return plain(*networks, tokens, draw, args, loss, to_data)
+
+    monkeypatch.setattr(
+        distill, "consistency", lambda m, t, x, d, args, loss, to_data=False: spy(m, t, tokens=x, draw=d, args=args, loss=loss, to_data=to_data)
+    )
+    args = distillation_args("esd", psd_share=0.25)
+    losses, report = distill.distillation(args, None)(model, tokens, Draw(0, 0, np.arange(32), "cpu"))
+    assert [(loss, to_data, len(rows)) for loss, to_data, rows in seen] == [("esd", False, 12), ("psd", True, 4)]
+    parts = [plain(model, model, tokens[rows], Draw(0, 0, np.array(rows), "cpu"), args, *how)[0]["consistency"] for *how, rows in
+             [("esd", False, seen[0][2]), ("psd", True, seen[1][2])]]  # fmt: skip
+    assert losses["consistency"].item() == pytest.approx((12 * parts[0] + 4 * parts[1]).item() / 16, rel=1e-6)
+    assert report["to_data_consistency_kl"].isfinite()
 
 
 @pytest.mark.parametrize("law", ["uniform", "pair"])

@@ -1197,7 +1197,7 @@ BAD = [
     (distill, ["--data", "other", "--loss", "psd", "--checkpoint", "trained/checkpoint.pt"], "seq_len"),
     (distill, ["--data", "grammar", "--loss", "psd", "--teacher", "ema"], "--teacher"),
     (distill, ["--data", "grammar", "--loss", "psd", "--target", "signed"], "--target"),
-    (distill, ["--data", "grammar", "--loss", "esd", "--reverse-kl"], "--reverse-kl"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--divergence", "reverse-kl"], "--divergence"),
     (distill, ["--data", "grammar", "--loss", "esd", "--joint", "--checkpoint", "trained/checkpoint.pt"], "--joint"),
     (distill, ["--data", "grammar", "--loss", "esd", "--joint", "--teacher", "frozen"], "--teacher"),
     (distill, ["--data", "grammar", "--loss", "esd", "--position-lag", "1"], "--position-lag"),

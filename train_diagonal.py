@@ -163,6 +163,8 @@ def gradients(params, objective, model, batches, surgery):
     factor = model.noise_factor()  # once a step: the micro-batches share it, and hand their gradients back through it together
     model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
     leaves = [*params, model.held_factor]
+    for p in params:
+        p.grad = None  # the last step's, which would be there beside the new one's
 
     def add(name, root, gradient=None):
         """Add the gradient of `root` to that of the loss `name`."""
