@@ -1,0 +1,106 @@
+"""The losses side by side: the same stage 1, the same number of steps, several seeds, one table.
+
+    python benchmarks/study.py grammar                                   # hours on a CPU; what is there already is not done again
+    python benchmarks/study.py grammar --seeds 0 1 2 --only psd esd
+    python benchmarks/study.py grammar --table                           # of what is there
+
+Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
+and stage 2 (and sampling) together, and the smallest and the largest; study.json, beside the runs, has every number.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evaluate import table
+from prepare_data import Parser, UserError, number, run
+
+ROOT = Path(__file__).parent.parent
+PLAIN = "--no-learned-weight --consistency-power 0"
+# Every run of stage 2: its flags beyond those that all share. The first four are the method's three losses and the
+# peers' recipe, squared distance between probabilities with an adaptive weight; the others are cures for ESD.
+RUNS = {
+    "psd": f"--loss psd {PLAIN}",
+    "lsd": f"--loss lsd --target signed {PLAIN}",
+    "esd": "--loss esd",
+    "psd, squared": "--loss psd --divergence square --no-learned-weight",
+    "esd, psd share": "--loss esd --psd-share 0.25",
+    "esd, signed": f"--loss esd --target signed {PLAIN}",
+    "esd, signed, psd share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
+    "esd, plain": f"--loss esd {PLAIN}",
+    "esd, ema teacher": "--loss esd --teacher ema",
+    "esd, self teacher": "--loss esd --teacher self",
+    "esd, pair law": "--loss esd --step-law pair",
+    "psd, the paper's weights": "--loss psd",
+}
+STUDIES = {
+    "grammar": {
+        "data": "data/grammar",
+        "both": "--batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
+        "stage1": "--size tiny --steps 3000 --warmup 100 --cooldown 2900 --lr 2.5e-3",
+        "stage2": "--steps 800 --warmup 200 --cooldown 600 --lr 1e-3 --diagonal-share 0.25 --boundary 0.125",
+        "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 512 --bleu-samples 0",
+        "scores": ["grammatical", "entropy", "distinct"],
+    },
+    "stories": {
+        "data": "data/stories",
+        "both": "--batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
+        "stage1": "--size tiny --steps 5000 --warmup 100 --cooldown 3000 --lr 2e-3",
+        "stage2": "--steps 1000 --warmup 200 --cooldown 600 --lr 7e-4 --diagonal-share 0.25 --boundary 0.125",
+        "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 256 --num-samples 512 --bleu-samples 0 --judge runs/judge-stories --judge-batch 64",
+        "scores": ["gen_ppl", "entropy", "distinct_4"],
+    },
+}
+
+
+def main():
+    parser = Parser(prog="study.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=["diagonal", *RUNS], metavar="RUN", help="these runs, by name: " + "; ".join(RUNS))
+    parser.add_argument("--table", action="store_true", help="train nothing, print the table")
+    args = parser.parse_args()
+    study, folder = STUDIES[args.study], Path("runs/study") / args.study
+
+    def program(name, *flags):
+        result = subprocess.run([sys.executable, str(ROOT / name), *" ".join(map(str, flags)).split()])
+        if result.returncode:
+            raise UserError(f"{name} ended with exit code {result.returncode}; see its own line above")
+
+    for seed in [] if args.table else args.seeds:
+        stage1 = folder / str(seed) / "diagonal"
+        for name in ["diagonal", *(args.only or RUNS)]:
+            out = folder / str(seed) / name.replace(", ", "-").replace("'", "").replace(" ", "-")
+            common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
+            if (out / "evaluation.json").exists():
+                continue
+            if not (out / "checkpoint.pt").exists() and name == "diagonal":
+                program("train_diagonal.py", common, study["stage1"])
+            elif not (out / "checkpoint.pt").exists():
+                program("distill.py", common, study["stage2"], f"--checkpoint {stage1}/checkpoint.pt", RUNS[name])
+            program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed}", study["evaluate"])
+
+    found = {}
+    for path in sorted(folder.glob("*/*/evaluation.json")):
+        for row in json.loads(path.read_text())["results"]:
+            if row["nfe"]:
+                found.setdefault(path.parent.name, {}).setdefault(row["nfe"], []).append(
+                    {"seed": int(path.parent.parent.name)} | {score: row[score] for score in study["scores"]}
+                )
+    rows = []
+    for name, by_nfe in found.items():
+        for score in study["scores"]:
+            row = {"run": name, "seeds": len(next(iter(by_nfe.values()))), "score": score}
+            for nfe, results in by_nfe.items():
+                values = [result[score] for result in results if result[score] is not None]
+                row[f"{nfe} NFE"] = f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})" if values else None
+            rows.append(row)
+    print(table(rows))
+    (folder / "study.json").write_text(json.dumps({"settings": study, "runs": RUNS, "results": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
