@@ -207,10 +207,11 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     return {"consistency": total + (learned - learned.detach() + w).mean()}, {name: value.mean() for name, value in report.items()} | bins
 
 
-def guided(model, teacher, tokens, draw, power, guidance):
-    """The diagonal learnt from the guided one of a frozen teacher: KL(sg[q] || psi_tt(x_t; c)), weighted by (45), in place of (22).
+def from_stage1(model, stage1, tokens, draw, power, guidance):
+    """The diagonal learnt from the frozen stage 1's, not from the data: KL(sg[q] || psi_tt(x_t; c)), weighted by (45), in place of (22).
 
-    So the flow map that is consistent with it needs one network call a step where two-branch guidance needs two.
+    q is stage 1's own psi_tt, whose gradient is far less noisy than a token's, or, where guidance is not 1, its guided
+    one: then the flow map that is consistent with it needs one network call a step where two-branch guidance needs two.
     """
     B, L = tokens.shape
     tau = draw.uniform(1)
@@ -218,15 +219,21 @@ def guided(model, teacher, tokens, draw, power, guidance):
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)
     h = model(y, t, t).flatten(0, 1)
     with torch.no_grad():
-        h_c, h_0 = (net(y, t, t).flatten(0, 1) for net in (teacher, teacher.alone()))
+        hidden = [net(y, t, t).flatten(0, 1) for net in ([stage1] if guidance == 1 else [stage1, stage1.alone()])]
     omega = torch.full((B * L, 1), guidance, device=h.device)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
-    divergence = Divergence(kl(guided_target), (h_c, h_0, omega), (lowered(teacher.head),))
+    divergence = Divergence(kl(instantaneous), (hidden[0],)) if guidance == 1 else Divergence(kl(guided), (*hidden, omega))
+    divergence = divergence._replace(shared=(lowered(stage1.head),))
     loss, report = head_loss(h, model.head, scale, divergence, c=0.01, r=power, compiled=model.compiled)
     return {"diagonal": loss}, {"diagonal_kl": report["loss"].mean()} | quarters("diagonal_kl", report["loss"], tau)
 
 
-def guided_target(z, h_c, h_0, omega, head):
+def instantaneous(z, h, head):
+    """q = psi, from the hidden vectors of stage 1."""
+    return softmax(wide(h @ head.T)), {}
+
+
+def guided(z, h_c, h_0, omega, head):
     """q = psi + omega (psi(c) - psi) (section 4.2), brought back to the simplex: no token below 0, and scaled to sum to 1.
 
     For omega > 1 the sum itself can have negative entries, which no softmax can meet: the logits would fall for ever.
@@ -237,10 +244,10 @@ def guided_target(z, h_c, h_0, omega, head):
 
 
 def distillation(args, teacher, stage1=None):
-    """The objective of stage 2; `teacher` None means the student itself. stage1: that network, frozen, for --guidance."""
+    """The objective of stage 2; `teacher` None means the student itself. stage1: that network, frozen, for --diagonal-from stage1."""
     first, networks = functools.partial(diagonal, power=args.diagonal_power), []
-    if args.guidance != 1:
-        first, networks = functools.partial(guided, power=args.diagonal_power, guidance=args.guidance), [stage1]
+    if args.diagonal_from == "stage1":
+        first, networks = functools.partial(from_stage1, power=args.diagonal_power, guidance=args.guidance), [stage1]
     second = functools.partial(consistency, args=args, loss=args.loss)
     third = functools.partial(consistency, args=args, loss="psd", to_data=True)
 
@@ -300,6 +307,11 @@ def check_flags(parser, args):
             )
     if args.guidance != 1 and (args.joint or (args.loss != "psd" and args.teacher not in ("self", "ema"))):
         raise UserError(f"--guidance {args.guidance:g} needs a stage 1 and a map that teaches itself: --loss psd, or --teacher self or ema")
+    if args.guidance != 1 and args.diagonal_from == "data":
+        raise UserError(f"--guidance {args.guidance:g}: the guided denoiser is stage 1's, no data have it; leave out --diagonal-from data")
+    if args.joint and args.diagonal_from == "stage1":
+        raise UserError("--diagonal-from stage1: with --joint there is no stage 1; leave it out")
+    args.diagonal_from = args.diagonal_from or ("data" if args.guidance == 1 else "stage1")
     args.teacher = args.teacher or ("self" if args.joint or args.loss == "psd" else "frozen")
     args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
     args.steps = args.steps or (1_000_000 if args.joint else 100_000)
@@ -325,6 +337,9 @@ def main():
     group.add_argument("--target", choices=["logit", "signed"], default="logit",
                        help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
     group.add_argument("--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, help="share of the rows that learn the diagonal")
+    group.add_argument("--diagonal-from", choices=["data", "stage1"],
+                       help="what those learn: the clean tokens (the default), or stage 1's denoiser (with --guidance, always): less noise, "
+                       "one pass more")  # fmt: skip
     group.add_argument("--psd-share", type=number(float, 0, 0.99), default=0.0, metavar="X",
                        help="with lsd and esd: share of the other rows that learn the semigroup instead, by jumps that end at data")  # fmt: skip
     group.add_argument("--step-law", choices=["uniform", "pair", "dyadic"], default="uniform",
@@ -361,10 +376,13 @@ def main():
         model.train().requires_grad_(True).embedding.requires_grad_(False)
     # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for
     # psi_su and psi_ut; so does an LSD or ESD row, for the instantaneous term and the tangent of the dual pass.
-    passes = 3 * args.diagonal_share + 5 * (1 - args.diagonal_share)
+    # Stage 1's denoiser costs a diagonal row one more, its guided one two.
+    asked = (args.diagonal_from == "stage1") + (args.guidance != 1)
+    passes = (3 + asked) * args.diagonal_share + 5 * (1 - args.diagonal_share)
     ema = copy.deepcopy(model)
     with start_ranks(args) as ranks:
-        stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False) if args.teacher == "frozen" or args.guidance != 1 else None
+        frozen = args.teacher == "frozen" or args.diagonal_from == "stage1"
+        stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False) if frozen else None
         if stage1 and args.compile:
             stage1.compile_parts(dynamic=bool(args.context))
         teacher = {"frozen": stage1, "ema": ema, "self": None}[args.teacher]

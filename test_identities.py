@@ -552,9 +552,9 @@ def test_teacher_is_a_constant(loss, form):
 
 def distillation_args(loss, **changes):
     """The flags of distill.py that its objective reads."""
-    return SimpleNamespace(**{"loss": loss, "target": "logit", "divergence": "kl", "psd_share": 0.0, "boundary": 1 / 8, "step_law": "uniform",
-                              "diagonal_share": 0.5, "context": None, "guidance": 1.0, "diagonal_power": 0.0, "consistency_power": 0.0,
-                              "learned_weight": False} | changes)  # fmt: skip
+    return SimpleNamespace(**{"loss": loss, "target": "logit", "divergence": "kl", "psd_share": 0.0, "diagonal_from": "data",
+                              "boundary": 1 / 8, "step_law": "uniform", "diagonal_share": 0.5, "context": None, "guidance": 1.0,
+                              "diagonal_power": 0.0, "consistency_power": 0.0, "learned_weight": False} | changes)  # fmt: skip
 
 
 def test_diagonal_conditions(monkeypatch):
@@ -1295,12 +1295,32 @@ def test_guided_target():
     psi_c, psi_0 = ((h @ head.T).softmax(-1) for h in (h_c, h_0))
     for omega in (0.0, 0.5, 1.0, 1.3):
         plain = psi_0 + omega * (psi_c - psi_0)
-        q, _ = distill.guided_target(None, h_c, h_0, torch.full((40, 1), omega, dtype=torch.float64), head)
+        q, _ = distill.guided(None, h_c, h_0, torch.full((40, 1), omega, dtype=torch.float64), head)
         inside = (plain >= 0).all(-1)
         assert torch.allclose(q[inside], plain[inside])
         assert torch.allclose(q.sum(-1), torch.ones(40, dtype=torch.float64))
         assert (q[plain < 0] == 0).all()
         assert inside.all() == (omega <= 1)
+
+
+def test_diagonal_from_stage1():
+    """The diagonal's loss against stage 1 is KL(stage 1's psi_tt || psi_tt) at the same states as (22), with no gradient to stage 1."""
+    model, stage1 = small_model(vocab=V).float(), small_model(vocab=V).float()
+    with torch.no_grad():
+        stage1.head.mul_(1.3)
+    tokens, draw = torch.randint(V, (16, 5)), Draw(0, 0, np.arange(16), "cpu")
+    losses, report = distill.from_stage1(model, stage1, tokens, draw, 0.0, 1.0)
+    draw = Draw(0, 0, np.arange(16), "cpu")
+    t = model.times(draw.uniform(1)).float()
+    y = model.interpolate(draw.normal(5, model.noise_size), tokens, t)
+    p, q = ((net(y, t, t) @ net.head.T).log_softmax(-1) for net in (model, stage1))
+    plain = (q.exp().detach() * (q.detach() - p)).sum(-1).mean()
+    assert losses["diagonal"].item() == pytest.approx(plain.item(), rel=1e-5)
+    assert report["diagonal_kl"].item() == pytest.approx(plain.item(), rel=1e-5)
+    ours, expected = (torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (losses["diagonal"], plain))
+    assert all(a is b is None or torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, expected, strict=True))
+    losses, _ = distill.from_stage1(stage1, stage1, tokens, Draw(0, 0, np.arange(16), "cpu"), 0.0, 1.0)
+    assert losses["diagonal"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_fill_in():
