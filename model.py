@@ -605,9 +605,9 @@ def lowered(x):
 
 
 def chunks(rows, vocab_size):
-    """Slices of `rows`, a power of two long: a 32nd of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
+    """Slices of `rows`, a power of two long: about a 32nd of the logits at once, but between 2^22 and 2^25 (128 MB in float32)."""
     elements = min(max(rows * vocab_size // 32, 1 << 22), 1 << 25)
-    step = 1 << max(0, (elements // vocab_size).bit_length() - 1)
+    step = 1 << max(0, round(math.log2(elements / vocab_size)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
