@@ -6,7 +6,7 @@
 
 For each of --contexts validation rows the first --prompt-length tokens are kept and one block is written after them, from the
 same noise in every line of the table. Generative perplexity is that of context and block together, by evaluate.py's
-protocol, and so is entropy. Controls: the real blocks, the same blocks each after another row's context, and,
+protocol, and so is entropy; "block entropy" is the block's own. Controls: the real blocks, the same blocks each after another row's context, and,
 for every line, its own blocks after other rows' contexts ("shuffled"). On the grammar the share of grammatical rows too.
 
 --against FILE W N: the share of a line's tokens that are those of two-branch guidance with weight W by FILE in N evaluations
@@ -72,7 +72,8 @@ def main():
         whole = [np.concatenate([contexts.numpy(), block], 1) for block in (found, np.roll(found, 1, axis=0))]
         sums = [judge_scores([decode(meta, row) for row in part], *judge, meta["seq_len"]).sum(0) for part in whole]
         ppl, shuffled = (float(np.exp(nll / tokens)) for nll, tokens in sums)
-        result = {"blocks": name, "gen_ppl": ppl, "shuffled": shuffled, "entropy": float(np.mean(entropies(whole[0])))} | more
+        result = {"blocks": name, "gen_ppl": ppl, "shuffled": shuffled, "entropy": float(np.mean(entropies(whole[0])))}
+        result |= {"block_entropy": float(np.mean(entropies(found)))} | more
         if meta["tokenizer"] == "grammar":
             result |= {"grammatical": float(np.mean([np.isfinite(grammar_log_prob(row)) for row in whole[0]]))}
         results.append(result)
