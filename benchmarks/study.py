@@ -21,12 +21,14 @@ from prepare_data import Parser, UserError, number, run
 ROOT = Path(__file__).parent.parent
 PLAIN = "--no-learned-weight --consistency-power 0"
 # Every run of stage 2: its flags beyond those that all share. The first four are the method's three losses and the
-# peers' recipe, squared distance between probabilities with an adaptive weight; the others are cures for ESD.
+# peers' recipe, squared distance between probabilities with an adaptive weight; then what stage 1's denoiser is worth
+# on the diagonal, and cures for ESD.
 RUNS = {
     "psd": f"--loss psd {PLAIN}",
     "lsd": f"--loss lsd --target signed {PLAIN}",
     "esd": "--loss esd",
     "psd, squared": "--loss psd --divergence square --no-learned-weight",
+    "psd, diagonal from data": f"--loss psd {PLAIN} --diagonal-from data",
     "esd, psd share": "--loss esd --psd-share 0.25",
     "esd, signed": f"--loss esd --target signed {PLAIN}",
     "esd, signed, psd share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
@@ -41,7 +43,7 @@ STUDIES = {
         "data": "data/grammar",
         "both": "--batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
         "stage1": "--size tiny --steps 3000 --warmup 100 --cooldown 2900 --lr 2.5e-3",
-        "stage2": "--steps 800 --warmup 200 --cooldown 600 --lr 1e-3 --diagonal-share 0.25 --boundary 0.125",
+        "stage2": "--steps 800 --warmup 200 --cooldown 600 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
         "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 512 --bleu-samples 0",
         "scores": ["grammatical", "entropy", "distinct"],
     },
@@ -49,7 +51,7 @@ STUDIES = {
         "data": "data/stories",
         "both": "--batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
         "stage1": "--size tiny --steps 5000 --warmup 100 --cooldown 3000 --lr 2e-3",
-        "stage2": "--steps 1000 --warmup 200 --cooldown 600 --lr 7e-4 --diagonal-share 0.25 --boundary 0.125",
+        "stage2": "--steps 1000 --warmup 200 --cooldown 600 --lr 7e-4 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
         "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 256 --num-samples 512 --bleu-samples 0 --judge runs/judge-stories --judge-batch 64",
         "scores": ["gen_ppl", "entropy", "distinct_4"],
     },
