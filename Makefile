@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/python prepare_data.py grammar
 	rm -rf $(RUNS)
 	$(TORCHRUN) train_diagonal.py $(FLAGS) --size tiny --steps 3800 --warmup 100 --cooldown 3700 --lr 2.5e-3
-	$(TORCHRUN) distill.py $(FLAGS) --loss psd --no-learned-weight --consistency-power 0 --steps 1800 --warmup 50 --cooldown 1750 --lr 1.5e-3 --diagonal-share 0.25 --boundary 0.2
+	$(TORCHRUN) distill.py $(FLAGS) --loss psd --no-learned-weight --consistency-power 0 --diagonal-from stage1 --steps 1800 --warmup 50 --cooldown 1750 --lr 1.5e-3 --diagonal-share 0.25 --boundary 0.2
 	$(BIN)/python evaluate.py --checkpoint $(RUNS:=/checkpoint.pt) --nfe 1 2 4 8 64 --batch-size 256 --show 3 --plot runs/demo.png
 
 test: $(READY)
