@@ -11,7 +11,7 @@ READY := .venv/installed
 
 # What differs from the paper's settings fits a network of 1.0M parameters to ten minutes: see README.md. Two processes of
 # one thread each, half of the batch to each, do more steps a second on two cores than one of two threads.
-TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=2
 FLAGS := --data data/grammar --batch-size 128 --micro-batch 64 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 200 --val-every 1000
 RUNS := runs/grammar-diagonal runs/grammar-psd
 
