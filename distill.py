@@ -89,15 +89,15 @@ def draw_progress(draw, boundary, law="uniform", to_data=False):
 
 
 def psd(model, teacher, y, jump, args):
-    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64); the student or its average gives both jumps."""
+    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64); the student teaches itself."""
     s, u, t = jump[:3]
     with torch.no_grad():
-        h_su = teacher(y, s, u)
-        X_su = model.path.flow_map(y, teacher.soft_embedding(h_su), s, u)
-        h_ut = teacher(X_su, u, t).flatten(0, 1)
+        h_su = model(y, s, u)
+        X_su = model.path.flow_map(y, model.soft_embedding(h_su), s, u)
+        h_ut = model(X_su, u, t).flatten(0, 1)
         h_su = h_su.flatten(0, 1)
         omega = a_row_each(model.path.omega(s, u, t), y)
-    return model(y, s, t), Divergence(DIVERGENCES[args.divergence](semigroup), (h_su, h_ut, omega), (lowered(teacher.head),))
+    return model(y, s, t), Divergence(DIVERGENCES[args.divergence](semigroup), (h_su, h_ut, omega), (lowered(model.head),))
 
 
 def semigroup(z, h_su, h_ut, omega, head):
@@ -213,19 +213,16 @@ def from_stage1(model, stage1, tokens, draw, power, guidance):
     q is stage 1's own psi_tt, whose gradient is far less noisy than a token's, or, where guidance is not 1, its guided
     one: then the flow map that is consistent with it needs one network call a step where two-branch guidance needs two.
     """
-    B, L = tokens.shape
-    tau = draw.uniform(1)
-    t = model.times(tau).float().to(tokens.device, non_blocking=True)
-    y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)
-    h = model(y, t, t).flatten(0, 1)
-    with torch.no_grad():
-        hidden = [net(y, t, t).flatten(0, 1) for net in ([stage1] if guidance == 1 else [stage1, stage1.alone()])]
-    omega = torch.full((B * L, 1), guidance, device=h.device)
-    scale = torch.full((B * L,), 1 / (B * L), device=h.device)
-    divergence = Divergence(kl(instantaneous), (hidden[0],)) if guidance == 1 else Divergence(kl(guided), (*hidden, omega))
-    divergence = divergence._replace(shared=(lowered(stage1.head),))
-    loss, report = head_loss(h, model.head, scale, divergence, c=0.01, r=power, compiled=model.compiled)
-    return {"diagonal": loss}, {"diagonal_kl": report["loss"].mean()} | quarters("diagonal_kl", report["loss"], tau)
+
+    @torch.no_grad()
+    def target(y, t):
+        head, h = (lowered(stage1.head),), stage1(y, t, t).flatten(0, 1)
+        if guidance == 1:
+            return Divergence(kl(instantaneous), (h,), head)
+        h_0 = stage1.alone()(y, t, t).flatten(0, 1)
+        return Divergence(kl(guided), (h, h_0, torch.full((len(h), 1), guidance, device=h.device)), head)
+
+    return diagonal(model, tokens, draw, power, target)
 
 
 def instantaneous(z, h, head):
@@ -291,8 +288,8 @@ def check_flags(parser, args):
         raise UserError(f"--divergence {args.divergence}: a signed target is no distribution, and has none; leave out one of the two")
     if args.loss == "psd" and args.target != "logit":
         raise UserError(f"--target {args.target}: the teacher of psd is a distribution as it is; leave it out")
-    if args.loss == "psd" and args.teacher == "frozen":
-        raise UserError("--teacher frozen: the semigroup needs jumps, which stage 1 does not know; give self or ema, or leave it out")
+    if args.loss == "psd" and args.teacher:
+        raise UserError(f"--teacher {args.teacher}: psd has no instantaneous term, it takes no such teacher; leave it out")
     if args.joint:
         if args.checkpoint:
             raise UserError("--joint trains from scratch and --checkpoint names a start; give one of them")
@@ -332,8 +329,7 @@ def main():
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="stage-1 checkpoint (default: runs/DATA-diagonal/checkpoint.pt)")
     group.add_argument("--joint", action="store_true", help="no stage 1: train both losses from scratch, the embedding as well")
     group.add_argument("--teacher", choices=["frozen", "ema", "self"],
-                       help="who gives LSD and ESD the instantaneous denoiser, and PSD its two jumps: stage 1 (the default; "
-                       "not for PSD), the averaged weights, the student (PSD's default)")  # fmt: skip
+                       help="who gives LSD and ESD the instantaneous denoiser: stage 1 (the default), the averaged weights, the student")  # fmt: skip
     group.add_argument("--target", choices=["logit", "signed"], default="logit",
                        help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
     group.add_argument("--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, help="share of the rows that learn the diagonal")

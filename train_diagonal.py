@@ -63,8 +63,10 @@ from prepare_data import Parser, UserError, number, read_meta, read_rows, run, v
 # The objective.
 
 
-def diagonal(model, tokens, draw, power=0.5):
+def diagonal(model, tokens, draw, power=0.5, target=None):
     """Cross-entropy of psi_tt(x_t) against the clean token (21, 22), weighted by (45) with c = 0.01, r = `power`.
+
+    target: states y (B, L, D) and times t -> a Divergence to minimise in place of the cross-entropy, a KL.
 
     Only r = 0 has E[x1 | x_t] as its minimiser: the weight depends on the token drawn, and r = 0.5, the
     paper's, favours the likelier tokens, so it trades diversity for sharper samples.
@@ -75,8 +77,9 @@ def diagonal(model, tokens, draw, power=0.5):
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
-    loss, report = head_loss(h, model.head, scale, Divergence(cross_entropy, (tokens.flatten(),)), c=0.01, r=power, compiled=model.compiled)
-    return {"diagonal": loss}, {"diagonal_ce": report["loss"].mean()} | quarters("diagonal_ce", report["loss"], tau)
+    name, divergence = ("diagonal_kl", target(y, t)) if target else ("diagonal_ce", Divergence(cross_entropy, (tokens.flatten(),)))
+    loss, report = head_loss(h, model.head, scale, divergence, c=0.01, r=power, compiled=model.compiled)
+    return {"diagonal": loss}, {name: report["loss"].mean()} | quarters(name, report["loss"], tau)
 
 
 def quarters(name, values, tau):
