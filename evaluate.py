@@ -80,7 +80,7 @@ def load_judge(name, device, dtype="float32"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         judge = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     except Exception as error:  # the hub's client, the tokenizer and the weights each raise their own kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason given"
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else "no reason given"
         raise UserError(
             f"no judge at {name!r}: {type(error).__name__}: {reason}; give --judge a folder, or a hub name where the hub can be reached"
         ) from None

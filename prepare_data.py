@@ -86,6 +86,7 @@ def number(kind, low, high=None, above=False):
 
 def run(main):
     """Call main(); turn a UserError, an OSError or a lack of memory into one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub that cannot be reached is told once, not at each retry
     try:
         main()
         return
