@@ -694,9 +694,10 @@ def learned_diagonal():
 
 
 @pytest.mark.parametrize(
-    ("loss", "form", "lr", "weighted"), [("psd", "logit", 3e-3, False), ("lsd", "signed", 3e-3, False), ("esd", "logit", 5e-4, True)]
+    ("loss", "form", "lr", "steps", "weighted"),
+    [("psd", "logit", 3e-3, 250, False), ("lsd", "signed", 3e-3, 250, False), ("esd", "logit", 5e-4, 500, True)],
 )
-def test_learning_reaches_the_truth(learned_diagonal, loss, form, lr, weighted):
+def test_learning_reaches_the_truth(learned_diagonal, loss, form, lr, steps, weighted):
     """Each loss brings the true KL to psi_st below 0.1 nats, and one step to the shares of the language within 0.1."""
     with torch.no_grad():
         # the diagonal alone, a step of Euler's method, cannot
@@ -705,7 +706,7 @@ def test_learning_reaches_the_truth(learned_diagonal, loss, form, lr, weighted):
     model = copy.deepcopy(learned_diagonal)
     model.embedding.requires_grad_(False)
     args = distillation_args(loss, target=form, learned_weight=weighted, consistency_power=0.5 if weighted else 0.0)
-    learn(model, distill.distillation(args, None if loss == "psd" else learned_diagonal), 500, lr, surgery=loss == "psd")
+    learn(model, distill.distillation(args, None if loss == "psd" else learned_diagonal), steps, lr, surgery=loss == "psd")
     with torch.no_grad():
         assert true_kl(model) < 0.1
         assert (one_step_shares(model) - SHARES).abs().max() < 0.1
