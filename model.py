@@ -134,16 +134,22 @@ def argmax_accuracy(ratio, vocab_size):
     return torch.trapezoid((log_density + power).exp(), z, dim=-1).clamp(max=1)
 
 
-def schedule_table(kind, vocab_size, blend):
+def schedule_table(kind, vocab_size, blend, curve=None):
     """Pairs (tau, b): uniform progress tau and the weight b = beta/(alpha+beta) of the data, float64 (n,), rising.
 
-    "linear": b = tau. "argmax": P(b) = 1/V + tau (1 - 1/V), blended: lambda b(tau) + (1 - lambda) tau.
+    "linear": b = tau. The others are blended with it, lambda b(tau) + (1 - lambda) tau. "argmax": P(b) = 1/V + tau (1 - 1/V).
+    "calibrated": the loss of `curve`, [(b, loss), ...] as measured, falls linearly in tau up to LAST; argmax where there is none yet.
     """
     b = torch.linspace(0, 1, 2001, dtype=torch.float64)
     if kind == "linear":
         return b, b
-    accuracy = argmax_accuracy(b[:-1] / (1 - b[:-1]), vocab_size)
-    tau = torch.cat([(accuracy - 1 / vocab_size) / (1 - 1 / vocab_size), torch.ones(1, dtype=torch.float64)])
+    if curve:
+        b, loss = torch.tensor([[0, curve[0][1]], *curve, [1, curve[-1][1]]], dtype=torch.float64).T
+        fall = loss[0] - loss.cummin(0).values  # a measured loss rises here and there by chance
+        tau = LAST * fall / fall[-1].clamp(min=1e-9)
+    else:
+        accuracy = argmax_accuracy(b[:-1] / (1 - b[:-1]), vocab_size)
+        tau = torch.cat([(accuracy - 1 / vocab_size) / (1 - 1 / vocab_size), torch.ones(1, dtype=torch.float64)])
     tau[0], tau[-1] = 0, 1
     rising = torch.ones(len(tau), dtype=torch.bool)  # P rounds to 1 a little before b = 1: those points go
     rising[1:-1] = (tau[1:-1] > tau[:-2].cummax(0).values) & (tau[1:-1] < 1 - 1e-12)
@@ -177,7 +183,7 @@ SIZES = {
     "small": dict(layers=6, width=384, heads=6),
     "base": dict(layers=12, width=768, heads=12),
 }
-SCHEDULES = ("argmax", "linear")
+SCHEDULES = ("argmax", "linear", "calibrated")
 
 
 @dataclass
@@ -194,6 +200,7 @@ class ModelConfig:
     schedule: str = "argmax"
     schedule_blend: float = 0.9
     position_lag: float = 0.0
+    schedule_curve: list | None = None  # what a calibrated schedule was last measured as: [[b, loss], ...]
 
 
 class TimeEmbedding(nn.Module):
@@ -344,9 +351,7 @@ class DiT(nn.Module):
         self.config = config
         V, D = config.vocab_size, config.width
         self.path = INTERPOLANTS[config.interpolant]
-        tau, b = schedule_table(config.schedule, V, config.schedule_blend)
-        self.schedule_tau, self.schedule_time = tau, self.path.time_of(b)  # float64, on the CPU
-
+        self.set_schedule(config.schedule_curve)
         self.position_lag = config.position_lag
 
         # W. Orthogonal: for V > D, W^T W = I and the noise y0 = x0 W starts white, of unit variance.
@@ -368,6 +373,12 @@ class DiT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.register_buffer("held_factor", None, persistent=False)
         self.compiled = self.activation_checkpointing = False  # see compile_parts, and `through`
+
+    def set_schedule(self, curve):
+        """Tabulate the noise schedule: pairs of progress and time, float64, on the CPU. curve: see `schedule_table`."""
+        self.config.schedule_curve = curve
+        tau, b = schedule_table(self.config.schedule, self.config.vocab_size, self.config.schedule_blend, curve)
+        self.schedule_tau, self.schedule_time = tau, self.path.time_of(b)
 
     def time(self, s, t):
         """The two times' embedding: (B, 1 or L) each -> (B, 1 or L, time_width)."""
@@ -857,7 +868,7 @@ def load_model(path, device="cpu", ema=True):
 
 def config_dict(model):
     """The model's configuration as plain builtins, for a checkpoint."""
-    return asdict(model.config)
+    return {key: value for key, value in asdict(model.config).items() if value is not None}
 
 
 # ------------------------------------------------------------------------------------------------

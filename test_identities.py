@@ -766,6 +766,41 @@ def test_schedule_times(path, schedule):
     assert torch.allclose(weight, 0.9 * expected + 0.1 * tau[1:-1] if schedule == "argmax" else tau[1:-1], atol=1e-5)
 
 
+def test_calibrated_schedule():
+    """The measured loss falls linearly in tau, a rise by chance is passed over, and blend and path are those of the others."""
+    r = torch.logspace(-2, 3, 61, dtype=torch.float64)
+    curve = torch.stack([r / (1 + r), 2 * torch.exp(-r) + 0.5], 1)
+    curve[10, 1] += 0.01
+    tau, b = schedule_table("calibrated", 27, 1.0, curve.tolist())
+    assert tau[0] == b[0] == 0
+    assert tau[-1] == b[-1] == 1
+    assert (tau.diff() > 0).all()
+    want = np.array([0.1, 0.5, 0.9, 0.99])
+    weight = np.interp(want, tau, b)
+    assert 2 * np.exp(-weight / (1 - weight)) == pytest.approx(2 * (1 - want), abs=0.03)  # 13 points a decade, straight lines between
+    assert np.allclose(schedule_table("calibrated", 27, 0.9, curve.tolist())[1], 0.9 * b + 0.1 * tau)
+    assert torch.equal(schedule_table("calibrated", 27, 0.9)[1], schedule_table("argmax", 27, 0.9)[1])
+    model = DiT(ModelConfig(27, 4, 1, 16, 2, schedule="calibrated", schedule_blend=1.0, interpolant="trigonometric"))
+    model.set_schedule(curve.tolist())
+    t = model.times(torch.from_numpy(want)[:, None])[:, 0].numpy()
+    assert np.tan(t * np.pi / 2) == pytest.approx(weight / (1 - weight), rel=0.01)  # straight lines in t, not in b
+
+
+def test_loss_curve():
+    """The loss that a schedule is calibrated on is the diagonal's cross-entropy: of the noise alone at one end, of the clean row at the other."""
+    model = small_model().float()
+    tokens = torch.randint(40, (6, 5))
+    b, loss = train_diagonal.loss_curve(model, tokens, Draw(0, 0, np.arange(6), "cpu")).T
+    y0 = model.embed_noise(Draw(0, 0, np.arange(6), "cpu").normal(5, model.noise_size))
+    for k in (0, 30, 60):
+        t = b[k].float().expand(6, 1)
+        y = (1 - t)[..., None] * y0 + t[..., None] * model.embedding[tokens]
+        expected = torch.nn.functional.cross_entropy((model(y, t, t) @ model.head.T).flatten(0, 1), tokens.flatten())
+        assert float(loss[k]) == pytest.approx(float(expected), rel=1e-4)
+    assert (b / (1 - b))[[0, -1]].tolist() == pytest.approx([0.01, 1000])
+    assert model.held_factor is None
+
+
 @pytest.mark.parametrize("schedule", ["argmax", "linear"])
 def test_position_lag(schedule):
     """Earlier positions first (38), from 0 to the end together; the rates are the derivatives of the times."""

@@ -219,7 +219,7 @@ STAGES = {
     "psd": ["--loss", "psd"],
     "esd": ["--loss", "esd"],
     "lsd-ema": ["--loss", "lsd", "--teacher", "ema", "--target", "signed"],
-    "joint": ["--loss", "esd", "--joint", "--size", "tiny", "--position-lag", "1", "--step-law", "pair"],
+    "joint": ["--loss", "esd", "--joint", "--size", "tiny", "--position-lag", "1", "--step-law", "pair", "--schedule", "calibrated"],
 }
 
 
@@ -277,6 +277,8 @@ def test_resume_is_not_stopping(work, tmp_path, stage):
         file.write('{"step": 4}\n{"st')
     python(*program, "--out", tmp_path / "parts", "--steps", 6, "--val-every", 3, "--resume", cwd=tmp_path)
     assert same_runs(tmp_path / "whole", tmp_path / "parts")
+    curve = checkpoint(tmp_path / "whole/checkpoint.pt")["model_config"].get("schedule_curve")
+    assert (curve is not None) == (stage == "joint")
 
 
 def start(*args, cwd, ranks=1):
@@ -1228,6 +1230,7 @@ BAD = [
     (train_diagonal, ["--data", "grammar", "--context", "block", "--block-size", "3"], "divides"),
     (train_diagonal, ["--data", "grammar", "--block-size", "5"], "--context"),
     (train_diagonal, ["--data", "grammar", "--context", "scatter", "--block-size", "5"], "scatter"),
+    (train_diagonal, ["--data", "grammar", "--context", "any", "--schedule", "calibrated"], "whole rows"),
     (distill, ["--data", "grammar", "--loss", "psd", "--context", "any"], "--context is fixed"),
     (distill, ["--data", "grammar", "--loss", "esd", "--guidance", "2"], "teaches itself"),
     (distill, ["--data", "grammar", "--loss", "psd", "--guidance", "2", "--checkpoint", "trained/checkpoint.pt"], "without contexts"),

@@ -82,6 +82,25 @@ def diagonal(model, tokens, draw, power=0.5, target=None):
     return {"diagonal": loss}, {name: report["loss"].mean()} | quarters(name, report["loss"], tau)
 
 
+@torch.no_grad()
+def loss_curve(model, tokens, draw):
+    """The diagonal's cross-entropy by the weight b of the data, for a calibrated schedule: float64 (61, 2), rows (b, nats a token).
+
+    b / (1 - b), the signal over the noise, goes from 0.01 to 1,000 in equal ratios; all at one noise, so that the curve is smooth.
+    """
+    xi, curve, held = draw.normal(tokens.shape[1], model.noise_size), [], model.held_factor
+    model.hold_noise()
+    scale = torch.full((tokens.numel(),), 1 / tokens.numel(), device=tokens.device)
+    for r in torch.logspace(-2, 3, 61, dtype=torch.float64):
+        t = model.path.time_of(r / (1 + r)).float().expand(len(tokens), 1).to(tokens.device)
+        h = model(model.interpolate(xi, tokens, t), t, t).flatten(0, 1)
+        divergence = Divergence(cross_entropy, (tokens.flatten(),))
+        loss, _ = head_loss(h, model.head, scale, divergence, c=0.01, r=0.0, compiled=model.compiled)
+        curve.append(torch.stack([r / (1 + r), loss.cpu().double()]))
+    model.held_factor = held
+    return torch.stack(curve)
+
+
 def quarters(name, values, tau):
     """{name_q1: (sum, count), ... name_q4}: `values` (B L,) over the rows with progress tau (B, 1) in each quarter of [0, 1]."""
     rows = values.view(len(tau), -1).mean(-1, keepdim=True)
@@ -282,6 +301,13 @@ def train(args, ranks, model, ema, objective, meta, passes):
                     scores.add(step, objective(ema, tokens, draw)[1])
         return {f"val_{name}": value for name, value in scores.read().items()}
 
+    def calibrate(micro):
+        """The schedule of both networks anew, from the averaged one's losses on this step's rows; the same on all ranks."""
+        with autocast:
+            curve = torch.stack([loss_curve(ema, tokens, draw) for tokens, draw in micro]).mean(0)
+        for network in (model, ema):
+            network.set_schedule(average([curve])[0].tolist())
+
     flops = passes * flops_per_row(model, meta["seq_len"])
     with Interrupt() as interrupt, contextlib.closing(Log(args, start, meta["seq_len"], flops, ranks, means)) as log, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(load, "train", args.seed, start)  # the reader takes the next step's rows while one runs
@@ -302,6 +328,8 @@ def train(args, ranks, model, ema, objective, meta, passes):
             done, stopped = step + 1, anywhere(interrupt.asked)
             last = done == args.steps
             extra = validate() if last or done % args.val_every == 0 else {}
+            if done % args.val_every == 0 and model.config.schedule == "calibrated" and model.embedding.requires_grad:
+                calibrate(micro)  # stage 2, where W is frozen, keeps stage 1's
             log.step(done, scalars, optimizer.param_groups[0]["lr"], extra, last)
             if last or stopped or done % args.save_every == 0:
                 means = log.means.state(rank, world)
@@ -587,8 +615,9 @@ def restore(model, optimizer, ema, meta, args):
             if path == paths[-1]:
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    if checkpoint["model_config"] != config_dict(model):
-        raise UserError(f"{path} was trained with {checkpoint['model_config']}, these flags give {config_dict(model)}")
+    known = checkpoint["model_config"]
+    if known != config_dict(model) | {key: known[key] for key in ("schedule_curve",) if key in known}:  # measured, no flag
+        raise UserError(f"{path} was trained with {known}, these flags give {config_dict(model)}")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
         raise UserError(f"{path} was trained on another data set (sha256 of its rows differs); name that one with --data")
     for key, was in ({"loss": None} | checkpoint["args"]).items():  # stage 1 has none
@@ -600,6 +629,8 @@ def restore(model, optimizer, ema, meta, args):
         model.load_state_dict(checkpoint["model"], strict=True)
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema.load_state_dict(checkpoint["ema"], strict=True)
+        for network in (model, ema):
+            network.set_schedule(known.get("schedule_curve"))
         Means("cpu", means)
     except Exception as error:  # torch raises many kinds where a state is of another model
         raise UserError(f"{path} does not fit its own flags: {type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}") from None
@@ -733,6 +764,8 @@ def context_flags(parser):
 
 def check_context(args, seq_len):
     """UserError for flags of `context_flags` that contradict each other or the data."""
+    if args.context and args.schedule == "calibrated":
+        raise UserError("--schedule calibrated measures the loss of whole rows, without a context; leave out one of the two")
     if args.block_size and not args.context:
         raise UserError(f"--block-size {args.block_size} says how a context is cut; give --context block or any with it")
     if args.context == "scatter" and args.block_size:
@@ -747,8 +780,9 @@ def model_flags(parser):
     """The flags that shape a network trained from scratch."""
     group = parser.add_argument_group("model")
     group.add_argument("--size", choices=list(SIZES), default="base", help="base is the paper's 170M, tiny is for a CPU")
-    group.add_argument("--schedule", choices=SCHEDULES, default="argmax", help="law of the times (36)")
-    group.add_argument("--schedule-blend", type=number(float, 0, 1), default=0.9, help="lambda of the argmax schedule")
+    group.add_argument("--schedule", choices=SCHEDULES, default="argmax",
+                       help="law of the times (36); calibrated: by the loss, measured each --val-every steps, so that it falls linearly")  # fmt: skip
+    group.add_argument("--schedule-blend", type=number(float, 0, 1), default=0.9, help="lambda of the argmax and the calibrated schedule")
     group.add_argument("--position-lag", type=number(float, 0, 10), default=0.0, metavar="W",
                        help="earlier positions first (38): the last one's odds of progress are exp(-W) of the first one's")  # fmt: skip
     group.add_argument("--interpolant", choices=list(INTERPOLANTS), default="linear", help="path between noise and data (47)")
