@@ -70,15 +70,12 @@ def draw_progress(draw, boundary, law="uniform", to_data=False):
     """Progress s <= u <= t, float64 (B, 1) each: a step by `law`, its start uniform (to_data: t = 1), u half-way.
 
     law: the step is uniform on (0.001, 1), or that between a "pair" of uniform times (at s = t nothing
-    would be learned, and the semigroup is 0/0); or one of the "dyadic" jumps that sampling in 1, 2, 4, 8
-    or 16 evaluations makes. A share `boundary` of the rows goes all the way from noise to data.
+    would be learned, and the semigroup is 0/0). A share `boundary` of the rows goes all the way from noise to data.
     """
     step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
-    jumps = 2 ** (5 * step).floor()  # of a sampler that makes 1, 2, 4, 8 or 16, all as likely
-    step = {"uniform": 0.001 + 0.999 * step, "pair": 0.001 + 0.999 * (1 - (1 - step).sqrt()), "dyadic": 1 / jumps}[law]
+    step = 0.001 + 0.999 * {"uniform": step, "pair": 1 - (1 - step).sqrt()}[law]
     step = torch.where(edge < boundary, 1.0, step)
-    s = torch.where(step < 1, (start * jumps).floor() / jumps, 0) if law == "dyadic" else start * (1 - step)
-    s = 1 - step if to_data else s
+    s = 1 - step if to_data else start * (1 - step)
     return s, s + step / 2, s + step
 
 
@@ -186,7 +183,7 @@ TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or what args asks for in its place, weighted by (45) with c = 1e-6, then by exp(-w).
 
-    loss: a key of TEACHERS. to_data: all jumps end at data.
+    loss: a key of TEACHERS. to_data: all jumps end at data, and w = 0: it is learnt of the other rows, whose losses have another size.
     """
     B, L = tokens.shape
     progress = draw_progress(draw, args.boundary, args.step_law, to_data)
@@ -194,14 +191,15 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, jump.s)
     h, divergence = TEACHERS[loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
-    if args.learned_weight:
-        w = model.log_weight(jump.s, jump.s if args.loss == "psd" else jump.t).float()
+    if args.learned_weight and not to_data:
+        w = model.log_weight(jump.s, jump.s if loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
     scale = torch.exp(-w.detach()) / (B * L)
     total, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=args.consistency_power, compiled=model.compiled)
     # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `total` already
     learned = torch.exp(-w) * report.pop("weighted")
-    name = "consistency_kl" if args.target == "logit" and args.divergence != "square" else "consistency_square"
+    squared = args.divergence == "square" or (args.target == "signed" and loss != "psd")
+    name = "consistency_square" if squared else "consistency_kl"
     report[name] = report.pop("loss")
     bins = quarters(name, report[name], progress[-1])
     return {"consistency": total + (learned - learned.detach() + w).mean()}, {name: value.mean() for name, value in report.items()} | bins
@@ -338,14 +336,19 @@ def main():
                        "one pass more")  # fmt: skip
     group.add_argument("--psd-share", type=number(float, 0, 0.99), default=0.0, metavar="X",
                        help="with lsd and esd: share of the other rows that learn the semigroup instead, by jumps that end at data")  # fmt: skip
-    group.add_argument("--step-law", choices=["uniform", "pair", "dyadic"], default="uniform",
-                       help="length of a jump t - s, in progress: uniform, as between two uniform times, or as in sampling by 1 to 16")  # fmt: skip
+    group.add_argument("--step-law", choices=["uniform", "pair"], default="uniform",
+                       help="length of a jump t - s, in progress: uniform, or as between two uniform times")  # fmt: skip
     group.add_argument("--boundary", type=number(float, 0, 1), default=1 / 32, help="share of the other rows that jump from noise to data")
     group.add_argument("--divergence", choices=list(DIVERGENCES), default="kl",
                        help="KL(teacher || psi); with psd KL(psi || teacher); or |teacher - psi|^2 / 2, as in Euclidean flow maps")  # fmt: skip
     group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",
                        help="exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss")  # fmt: skip
-    group.add_argument("--learned-weight", action=BooleanOptionalAction, default=True, help="learn a weight of s (PSD) or of s and t (LSD, ESD)")
+    group.add_argument(
+        "--learned-weight",
+        action=BooleanOptionalAction,
+        default=True,
+        help="learn a weight of s (PSD) or of s and t (LSD, ESD; rows of --psd-share have none)",
+    )
     group.add_argument("--guidance", type=number(float, 0), default=1.0, metavar="W",
                        help="distil the map guided by this weight (0 ignores the context, 1 is plain); stage 1 must know contexts")  # fmt: skip
     group.add_argument("--surgery", action=BooleanOptionalAction, help="project conflicting gradients (default: with psd)")

@@ -50,8 +50,11 @@ class Interpolant(NamedTuple):
     d_alpha: Callable
     d_beta: Callable
     delta: Callable
-    wronskian: Callable
     time_of: Callable  # the time t at which beta_t / alpha_t = b / (1 - b), for b in [0, 1]
+
+    def wronskian(self, t):
+        """Wr_t = alpha_t beta'_t - alpha'_t beta_t."""
+        return self.alpha(t) * self.d_beta(t) - self.d_alpha(t) * self.beta(t)
 
     def Gamma(self, s, t):
         """Gamma_st = alpha_t / alpha_s (50), for s < 1."""
@@ -102,7 +105,6 @@ INTERPOLANTS = {
         d_alpha=lambda t: -torch.ones_like(t),
         d_beta=lambda t: torch.ones_like(t),
         delta=lambda s, t: t - s,
-        wronskian=lambda t: torch.ones_like(t),
         time_of=lambda b: b,
     ),
     "trigonometric": Interpolant(
@@ -111,7 +113,6 @@ INTERPOLANTS = {
         d_alpha=lambda t: -HALF_PI * torch.sin(HALF_PI * t),
         d_beta=lambda t: HALF_PI * torch.cos(HALF_PI * t),
         delta=lambda s, t: torch.sin(HALF_PI * (t - s)),
-        wronskian=lambda t: HALF_PI * torch.ones_like(t),
         time_of=lambda b: torch.atan2(b, 1 - b) / HALF_PI,
     ),
 }
@@ -169,9 +170,9 @@ def lagged(tau, lag, L):
 
 
 # ------------------------------------------------------------------------------------------------
-# No time of training or sampling goes further. At t = 1 the Eulerian identity is 0/0 and the drift infinite;
+# Progress, in training and in sampling, goes no further. At t = 1 the Eulerian identity is 0/0 and the drift infinite;
 # and the argmax schedule jumps there from t = 0.9 or so, so a network would have to extrapolate. At this
-# progress the most probable token is the clean one with probability 0.9999, before any context.
+# progress, by the argmax schedule, the most probable token is the clean one with probability 0.9999, before any context.
 LAST = 0.9999
 
 # The network: the paper's DiT. It maps an embedded state y and two times to hidden vectors h, and
@@ -654,11 +655,11 @@ class HeadLoss(torch.autograd.Function):
             reports.append(report)
             if grad_h is not None:
                 grad_h[rows] = g @ low_head
-                if grad_head is not None:
-                    if g.dtype == grad_head.dtype:
-                        grad_head.addmm_(g.T, low_h[rows])
-                    else:
-                        grad_head += g.T @ low_h[rows]
+            if grad_head is not None:
+                if g.dtype == grad_head.dtype:
+                    grad_head.addmm_(g.T, low_h[rows])
+                else:
+                    grad_head += g.T @ low_h[rows]
         ctx.found = grad_h, grad_head
         reports = {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
         ctx.mark_non_differentiable(*reports.values())
@@ -667,7 +668,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         (grad_h, grad_head), ctx.found = ctx.found, None  # once: they are scaled in place, not copied
-        return grad_h.mul_(grad), None if grad_head is None else grad_head.mul_(grad), None, None, None, None, None
+        return *(found if found is None else found.mul_(grad) for found in (grad_h, grad_head)), None, None, None, None, None
 
 
 @functools.cache

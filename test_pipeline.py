@@ -43,6 +43,8 @@ from prepare_data import decode, read_meta
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "benchmarks"))
 import benchmark
+import collapse
+import study
 
 TEST_DATA = os.environ.get("DFM_TEST_DATA")
 needs_data = pytest.mark.skipif(not TEST_DATA, reason="DFM_TEST_DATA names no folder of test texts and tokenizers")
@@ -896,6 +898,50 @@ def test_benchmark_steps(tmp_path):
     assert {"diagonal", "V-sized", "next token", "psd", "lsd", "esd"} < steps.keys()
     assert all(r["seconds"] > 0 and r["counted_bytes"] > 0 for r in (*sampling.values(), *(steps[name] for name in distill.TEACHERS)))
     assert len(sampling) == 2
+
+
+def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
+    """A study trains what is not there, goes on with what was stopped, evaluates both once, and tabulates them."""
+    monkeypatch.chdir(tmp_path)
+    short = {"data": str(work / "data/grammar"), "both": " ".join(TINY[2:]), "stage1": "--size tiny --steps 2", "stage2": "--steps 2",
+             "evaluate": "--nfe 1 2 --num-samples 8 --bleu-samples 0", "scores": ["grammatical", "distinct"]}  # fmt: skip
+    monkeypatch.setattr(study, "STUDIES", {"grammar": short})
+    asked = []
+
+    def program(command):
+        asked.append(command[1:])
+        return python(Path(command[1]).name, *command[2:], cwd=tmp_path)
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=program))
+    out = tmp_path / "runs/study/grammar/0/diagonal"
+    python("train_diagonal.py", "--data", short["data"], "--out", out, "--seed", 0, *TINY, "--steps", 2, cwd=tmp_path)
+    halfway = checkpoint(out / "checkpoint.pt")
+    halfway["args"]["steps"] = 3
+    torch.save(halfway, out / "checkpoint.pt")
+    short["stage1"] = "--size tiny --steps 3"
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--seeds", "0", "--only", "psd"])
+        study.main()
+    assert [Path(command[0]).name for command in asked] == ["train_diagonal.py", "evaluate.py", "distill.py", "evaluate.py"]
+    assert "--resume" in asked[0]
+    assert checkpoint(out / "checkpoint.pt")["step"] == 3
+    assert re.search(r"\| *psd \| *1 \| *grammatical \|", capsys.readouterr().out)
+    assert [run["run"] for run in json.loads((tmp_path / "runs/study/grammar/study.json").read_text())] == ["diagonal", "psd"]
+
+
+def test_collapse(work, tmp_path, capsys, monkeypatch):
+    """The map that is the diagonal itself meets the truth where a jump is short, and is told from it where it is long."""
+    stage1 = work / "runs/grammar-diagonal/checkpoint.pt"
+    python("distill.py", "--loss", "esd", "--data", work / "data/grammar", "--checkpoint", stage1, "--out", tmp_path / "esd", "--steps", 1,
+           "--lr", "1e-9", *TINY[2:], cwd=tmp_path)  # fmt: skip
+    flags = ["--checkpoint", tmp_path / "esd/checkpoint.pt", "--diagonal", stage1, "--rows", 8, "--steps", 4, "--start", 0.3, "--end", 0.301, 1.0]
+    monkeypatch.setattr(sys, "argv", ["collapse.py", *map(str, flags), "--output", str(tmp_path / "out.json")])
+    collapse.main()
+    short, long = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert abs(short["KL truth, map"]) < 1e-4
+    assert long["KL truth, map"] > 10 * abs(short["KL truth, map"])
+    assert 0 <= long["clamped"] <= 1
+    assert "clamped" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -192,7 +192,8 @@ def gradients(params, objective, model, batches, surgery):
         """Add the gradient of `root` to that of the loss `name`."""
         for p, grad in zip(leaves, sums.get(name, [None] * len(leaves)), strict=True):
             p.grad = grad
-        root.backward(gradient, retain_graph=root is factor)
+        with torch.autocast(params[0].device.type, enabled=False):  # each product goes back in the precision that it had
+            root.backward(gradient, retain_graph=root is factor)
         sums[name] = [p.grad for p in leaves]
 
     for tokens, draw in batches:
@@ -207,9 +208,10 @@ def gradients(params, objective, model, batches, surgery):
             add(name, factor, sums[name][-1])
         sums[name] = average([torch.zeros_like(p) if g is None else g for p, g in zip(params, sums[name][:-1], strict=True)])
     model.held_factor = held
-    if surgery:
-        scalars["conflict"] = project(*sums.values())
     parts = list(sums.values())
+    if surgery:
+        conflicts = [project(first, part) for k, part in enumerate(parts) for first in parts[:k]]
+        scalars["conflict"] = torch.stack(conflicts).amax()
     for part in parts[1:]:
         torch._foreach_add_(parts[0], part)
     return parts[0], scalars

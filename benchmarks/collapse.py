@@ -3,8 +3,9 @@
     python benchmarks/collapse.py --checkpoint runs/grammar-esd/checkpoint.pt --diagonal runs/grammar-diagonal/checkpoint.pt
 
 The truth is psi_st of the diagonal's own flow, integrated in --steps steps from s to t: the mean of its denoisers along the way,
-uniform in r = beta/alpha (58). States x_s are the path's, of validation rows. The teacher is that of --loss (default: the one
-that the map was trained with), built from the map and the diagonal as in distill.py. Entropies and divergences in nats a token.
+uniform in r = beta/alpha (58). States x_s are the path's, of validation rows. The teacher is the distribution of (23), (29) or (33)
+that --loss names (default: the one that the map was trained with), built from the map and, for LSD and ESD, from whom --teacher
+names: the diagonal, or the map itself. Entropies and divergences in nats a token.
 """
 
 import json
@@ -45,6 +46,7 @@ def main():
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="of stage 2")
     parser.add_argument("--diagonal", type=Path, required=True, metavar="FILE", help="the stage 1 that it started from")
     parser.add_argument("--loss", choices=list(distill.TEACHERS), help="whose teacher to look at (default: the checkpoint's)")
+    parser.add_argument("--teacher", choices=["frozen", "self"], default="frozen", help="who gives LSD and ESD the instantaneous denoiser")
     parser.add_argument("--rows", type=number(int, 1), default=256, help="validation rows")
     parser.add_argument("--steps", type=number(int, 1), default=64, help="Euler steps of the truth")
     parser.add_argument("--start", type=number(float, 0, 0.99), nargs="+", default=[0.0, 0.3, 0.6], metavar="S", help="progress of s")
@@ -62,7 +64,7 @@ def main():
             y = model.interpolate(Draw(0, 0, np.arange(B), "cpu").normal(tokens.shape[1], model.noise_size), tokens, jump.s)
             options = SimpleNamespace(target="logit", divergence="kl")
             with torch.no_grad():
-                h, divergence = distill.TEACHERS[loss](model, model if loss == "psd" else diagonal, y, jump, options)
+                h, divergence = distill.TEACHERS[loss](model, {"frozen": diagonal, "self": model}[args.teacher], y, jump, options)
                 report, g = divergence.function((z := h.flatten(0, 1) @ model.head.T), *divergence.by_row, *divergence.shared)
                 psi = z.softmax(-1)
                 truth = integrated(diagonal, y, start, end, args.steps).flatten(0, 1)

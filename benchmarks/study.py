@@ -5,7 +5,7 @@
     python benchmarks/study.py grammar --table                           # of what is there
 
 Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
-and stage 2 (and sampling) together, and the smallest and the largest; study.json, beside the runs, has every number.
+and stage 2 (and sampling) together, and the smallest and the largest; study.json, beside the runs, has the flags and every number.
 """
 
 import json
@@ -16,27 +16,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import table
+from model import read_checkpoint
 from prepare_data import Parser, UserError, number, run
 
 ROOT = Path(__file__).parent.parent
 PLAIN = "--no-learned-weight --consistency-power 0"
-# Every run of stage 2: its flags beyond those that all share. The first four are the method's three losses and the
-# peers' recipe, squared distance between probabilities with an adaptive weight; then what stage 1's denoiser is worth
-# on the diagonal, and cures for ESD.
+# Every run of stage 2, a folder each: its flags beyond those that all share. First the method's losses, each by the target
+# and the weights that served it best, then the peers' recipe, squared distance between probabilities with an adaptive
+# weight; then the same weights for all, what stage 1's denoiser is worth on the diagonal, and cures for ESD.
 RUNS = {
     "psd": f"--loss psd {PLAIN}",
     "lsd": f"--loss lsd --target signed {PLAIN}",
     "esd": "--loss esd",
-    "psd, squared": "--loss psd --divergence square --no-learned-weight",
-    "psd, diagonal from data": f"--loss psd {PLAIN} --diagonal-from data",
-    "esd, psd share": "--loss esd --psd-share 0.25",
-    "esd, signed": f"--loss esd --target signed {PLAIN}",
-    "esd, signed, psd share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
-    "esd, plain": f"--loss esd {PLAIN}",
-    "esd, ema teacher": "--loss esd --teacher ema",
-    "esd, self teacher": "--loss esd --teacher self",
-    "esd, pair law": "--loss esd --step-law pair",
-    "psd, the paper's weights": "--loss psd",
+    "psd-squared": "--loss psd --divergence square --no-learned-weight",
+    "psd-weighted": "--loss psd",
+    "lsd-logit": f"--loss lsd {PLAIN}",
+    "esd-plain": f"--loss esd {PLAIN}",
+    "psd-diagonal-from-data": f"--loss psd {PLAIN} --diagonal-from data",
+    "esd-psd-share": "--loss esd --psd-share 0.25",
+    "esd-signed": f"--loss esd --target signed {PLAIN}",
+    "esd-signed-psd-share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
+    "esd-ema-teacher": "--loss esd --teacher ema",
+    "esd-self-teacher": "--loss esd --teacher self",
+    "esd-pair-law": "--loss esd --step-law pair",
 }
 STUDIES = {
     "grammar": {
@@ -72,36 +74,44 @@ def main():
         if result.returncode:
             raise UserError(f"{name} ended with exit code {result.returncode}; see its own line above")
 
+    def train(name, out, *flags):
+        """Train to the end: anew, or on from where a run that was stopped is."""
+        there = (out / "checkpoint.pt").exists()
+        checkpoint = read_checkpoint(out / "checkpoint.pt") if there else None
+        if not there or checkpoint["step"] < checkpoint["args"]["steps"]:
+            program(name, *flags, "--resume" * there)
+
     for seed in [] if args.table else args.seeds:
         stage1 = folder / str(seed) / "diagonal"
         for name in ["diagonal", *(args.only or RUNS)]:
-            out = folder / str(seed) / name.replace(", ", "-").replace("'", "").replace(" ", "-")
+            out = folder / str(seed) / name
             common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
             if (out / "evaluation.json").exists():
                 continue
-            if not (out / "checkpoint.pt").exists() and name == "diagonal":
-                program("train_diagonal.py", common, study["stage1"])
-            elif not (out / "checkpoint.pt").exists():
-                program("distill.py", common, study["stage2"], f"--checkpoint {stage1}/checkpoint.pt", RUNS[name])
+            if name == "diagonal":
+                train("train_diagonal.py", out, common, study["stage1"])
+            else:
+                train("distill.py", out, common, study["stage2"], f"--checkpoint {stage1}/checkpoint.pt", RUNS[name])
             program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed}", study["evaluate"])
 
-    found = {}
+    found = []
     for path in sorted(folder.glob("*/*/evaluation.json")):
-        for row in json.loads(path.read_text())["results"]:
-            if row["nfe"]:
-                found.setdefault(path.parent.name, {}).setdefault(row["nfe"], []).append(
-                    {"seed": int(path.parent.parent.name)} | {score: row[score] for score in study["scores"]}
-                )
+        flags = json.loads((path.parent / "config.json").read_text())["flags"]
+        scores = {row["nfe"]: {score: row[score] for score in study["scores"]} for row in json.loads(path.read_text())["results"] if row["nfe"]}
+        found.append({"run": path.parent.name, "seed": int(path.parent.parent.name), "flags": flags, "scores": scores})
+    if not found:
+        raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
     rows = []
-    for name, by_nfe in found.items():
-        for score in study["scores"]:
-            row = {"run": name, "seeds": len(next(iter(by_nfe.values()))), "score": score}
-            for nfe, results in by_nfe.items():
-                values = [result[score] for result in results if result[score] is not None]
+    for name in ("diagonal", *RUNS):
+        runs = [run["scores"] for run in found if run["run"] == name]
+        for score in study["scores"] if runs else []:
+            row = {"run": name, "seeds": len(runs), "score": score}
+            for nfe in runs[0]:
+                values = [scores[nfe][score] for scores in runs if scores[nfe][score] is not None]
                 row[f"{nfe} NFE"] = f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})" if values else None
             rows.append(row)
     print(table(rows))
-    (folder / "study.json").write_text(json.dumps({"settings": study, "runs": RUNS, "results": found}, indent=1) + "\n")
+    (folder / "study.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
