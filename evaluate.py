@@ -20,7 +20,9 @@ import json
 import math
 import os
 import re
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +75,16 @@ def grammar_scores(rows, train_rows):
 def load_judge(name, device, dtype="float32"):
     """(causal language model, tokenizer) from a folder or the hub, through from_pretrained."""
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import transformers
     except ImportError:
         raise UserError("generative perplexity needs transformers: pip install transformers") from None
+    if sys.stderr.isatty():
+        print(f"loading the judge {name}", file=sys.stderr)  # a hub that cannot be reached is tried for a minute
+    else:
+        transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        judge = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        judge = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     except Exception as error:  # the hub's client, the tokenizer and the weights each raise their own kinds
         reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else "no reason given"
         raise UserError(
@@ -170,11 +176,14 @@ def self_bleu(rows, count):
 
 
 def sample_ids(meta):
-    """A function text -> token ids (n,) of a whole sample, padded to a row where rows are."""
-    encode, L = encoder(meta), meta["seq_len"]
-    if meta["tokenizer"] != "grammar":
-        return lambda text: np.array(encode(text), np.int64)
-    return lambda text: np.array((ids := encode(text)) + [meta["pad_id"]] * (L - len(ids)), np.int64)
+    """A function text, or ids, -> token ids (n,) of a sample: cut at L, as the judge cuts it, and padded to a row where rows are."""
+    encode, L, pads = encoder(meta), meta["seq_len"], [meta["pad_id"]] * (meta["seq_len"] if meta["tokenizer"] == "grammar" else 0)
+
+    def ids(sample):
+        found = list(encode(sample) if isinstance(sample, str) else sample)[:L]
+        return np.array(found + pads[len(found) :], np.int64)
+
+    return ids
 
 
 def control_rows(meta, train, val, count, seed):
@@ -196,26 +205,41 @@ def control_rows(meta, train, val, count, seed):
 
 
 def read_samples(path, meta):
-    """Samples from a file of lines, as sample.py writes them, a folder of text files, or ids in a .npy: (rows of ids or None, texts)."""
+    """Samples from a file of lines, as sample.py writes them, a .jsonl of {"text": ...}, a folder of text files, or ids in a .npy.
+
+    Returns (rows of ids, or None where no data set says what they are, texts).
+    """
+    expected = "expected a text file, a .jsonl, a folder of text files, or a .npy of ids"
     try:
         if path.suffix == ".npy":
             rows = np.load(path)
             if meta is None:
                 raise UserError(f"--samples {path} holds token ids; name the data set whose tokenizer they are of with --data")
+            if not isinstance(rows, np.ndarray):
+                raise UserError(f"--samples {path}: an archive of arrays; expected one array of ids of shape (N, L)")
             if rows.ndim != 2 or rows.dtype.kind not in "iu" or not rows.size or rows.min() < 0 or rows.max() >= meta["vocab_size"]:
                 raise UserError(f"--samples {path}: {rows.dtype} of shape {rows.shape}; expected ids of shape (N, L) below {meta['vocab_size']}")
-            return rows.astype(np.int64), [decode(meta, row) for row in rows]
-        if path.is_dir():
-            texts = [file.read_text(encoding="utf-8") for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+            texts = [row.astype(np.int64) for row in rows]
+        elif path.is_dir():
+            files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+            texts = [file.read_text(encoding="utf-8").removesuffix("\n") for file in files]
         else:
-            escapes = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
             lines = path.read_text(encoding="utf-8").split("\n")
-            texts = [re.sub(r"\\[nr\\]", lambda found: escapes[found[0]], line) for line in lines[: len(lines) - (lines[-1] == "")]]
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--samples {path}: cannot be read ({error}); expected a text file, a folder of text files, or a .npy of ids") from None
+            lines = lines[: len(lines) - (lines[-1] == "")]
+            if path.suffix == ".jsonl":
+                texts = ["" + json.loads(line)["text"] for line in lines]  # TypeError where it is no string
+            else:
+                escapes = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
+                texts = [re.sub(r"\\[nr\\]", lambda found: escapes[found[0]], line) for line in lines]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
+        raise UserError(f"--samples {path}: cannot be read ({type(error).__name__}: {error}); {expected}") from None
     if not texts:
         raise UserError(f"--samples {path} holds no sample; expected one a line, or one a file in a folder")
-    return None if meta is None else list(map(sample_ids(meta), texts)), texts
+    try:
+        rows = None if meta is None else list(map(sample_ids(meta), texts))
+    except UserError as error:
+        raise UserError(f"--samples {path}: {error}") from None
+    return rows, texts if isinstance(texts[0], str) else [decode(meta, row) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -358,10 +382,10 @@ def bound_rows(name, model, rows, meta, args):
 # Tables and plots.
 
 
-def show(value):
+def show(value, between=", "):
     """A cell of a table."""
     if isinstance(value, list):
-        return ("–" if len(value) == 2 else ", ").join(map(show, value))
+        return between.join(map(show, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
     return "" if value is None else str(value)
@@ -370,7 +394,10 @@ def show(value):
 def table(rows, without=()):
     """A list of dicts with the same keys as lines of Markdown, columns aligned."""
     names = [name for name in rows[0] if name not in without]
-    cells = [[name.replace("_", " ") for name in names], *([show(row[name]) for name in names] for row in rows)]
+    cells = [
+        [name.replace("_", " ") for name in names],
+        *([show(row[name], "–" if name.endswith("interval") else ", ") for name in names] for row in rows),
+    ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *lines[1:]])
@@ -463,8 +490,19 @@ def parse_args():
     for flag, path in (("--output", args.output), ("--output", args.output.with_suffix(".md")), ("--plot", args.plot)):
         check_output(flag, path, named)
         named.append(path)
+    for folder in args.samples or []:
+        if folder.is_dir() and folder.resolve() in args.output.resolve().parents:
+            raise UserError(f"--output {args.output} is in the folder of samples {folder}, one of which it would be; name another place")
+    for several in ("nfe", *NEUTRAL):
+        setattr(args, several, list(dict.fromkeys(getattr(args, several))))
     resolve_machine(args)
     return args
+
+
+def unlike(paths, short):
+    """A name for each path: the short one, or the whole path where that is empty or another's too."""
+    names = [short(path) for path in paths]
+    return [name if name and names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def settings(args, nfe):
@@ -483,7 +521,8 @@ def read_cache(path):
 
 
 def write(path, text):
-    """Replace a file whole."""
+    """Replace a file whole; what a symbolic link names, not the link."""
+    path = path.resolve()
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -506,6 +545,7 @@ def main():
     if folder:
         train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
         train = train[:: -(-len(train) // args.train_rows)]
+    samples = [read_samples(path, meta) for path in args.samples or []]
     known = {n: np.unique(ngrams(train, n)) if folder else None for n in args.ngram}
     if not on_grammar:
         judge, tokenizer = load_judge(args.judge, args.device, args.judge_dtype)
@@ -550,11 +590,9 @@ def main():
     if folder:
         for name, rows in control_rows(meta, train, val, args.num_samples, args.seed).items():
             score(name, rows)
-    for path in args.samples or []:
-        rows, texts = read_samples(path, meta)
-        score(path.name, rows, texts)
-    names = [path.parent.name or str(path) for path in args.checkpoint or []]
-    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, args.checkpoint or [], strict=True)]
+    for name, (rows, texts) in zip(unlike(args.samples or [], lambda path: path.name), samples, strict=True):
+        score(name, rows, texts)
+    names = unlike(args.checkpoint or [], lambda path: path.parent.name)
     for name, (model, checkpoint) in zip(names, loaded, strict=True):
         euler = is_euler(args, checkpoint)
         draw_samples(model, 1, min(args.batch_size, args.num_samples), args.batch_size, args.seed, euler, args.dtype)  # a first call is slow

@@ -307,16 +307,16 @@ def encoder(meta):
     return encode
 
 
-def decode(meta, ids):
-    """Token ids (a sequence of ints) -> text, special tokens kept, from what meta.json holds."""
+def decode(meta, ids, padding=False):
+    """Token ids (a sequence of ints) -> text, special tokens kept but, without `padding`, those that pad its end; from what meta.json holds."""
     ids = [int(i) for i in ids]
+    while ids and ids[-1] == meta["pad_id"] and not padding:
+        ids.pop()
     if meta["tokenizer"] == "gpt2":
         return gpt2_encoding().decode(ids)
     text = meta["join"].join(meta["vocab"][i] for i in ids)
     if meta["tokenizer"] == "bert":
         text = text.replace(" ##", "")
-    if meta["pad_id"] is not None:
-        text = text.replace(meta["join"] + meta["vocab"][meta["pad_id"]], "")
     return text
 
 

@@ -183,7 +183,11 @@ class Steering:
             psi = [probabilities(row @ head.T).cpu() for row in h]
         elif wants:
             psi = [F.one_hot(row, len(head)).float() for row in tokens.cpu()]
-        values = torch.as_tensor(self.reward(texts, psi) if wants else self.reward(texts), dtype=torch.float64).cpu()
+        found = self.reward(texts, psi) if wants else self.reward(texts)
+        try:
+            values = torch.as_tensor(found, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"the reward gave {one_line(repr(found))[:80]} for {len(texts)} texts; it must give a number each") from None
         if values.shape != (len(texts),) or not values.isfinite().all():
             raise UserError(
                 f"the reward gave {tuple(values.shape)} values for {len(texts)} texts, or one that is not finite; it must give a number each"
@@ -199,9 +203,12 @@ def load_reward(name):
     module, _, function = name.partition(":")
     sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"--reward {name}: {error}; give module:function, of a file module.py in this folder") from None
+    if not callable(found):
+        raise UserError(f"--reward {name}: it is no function; give module:function, of a file module.py in this folder")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -261,10 +268,10 @@ def sampling_flags(parser, count, sweep=False):
     group.add_argument("--sampler", choices=["flow-map", "euler"], help="default: flow-map after distill.py, euler for a stage-1 checkpoint")
     group.add_argument("--position-lag", type=number(float, 0, 10), metavar="W", help="earlier positions first (38); default: as trained")
     several = dict(nargs="+", default=[1.0]) if sweep else dict(default=1.0)
-    group.add_argument("--temperature", type=number(float, 0, above=True), metavar="T", help="of psi along the way; no use at 1 NFE", **several)
+    group.add_argument("--temperature", type=number(float, 0.001, 1000), metavar="T", help="of psi along the way; no use at 1 NFE", **several)
     group.add_argument("--gamma", type=number(float, 0, 1), metavar="G", help="renoising between jumps: 0 none, 1 multistep consistency",
                        **several | {"default": [0.0] if sweep else 0.0})  # fmt: skip
-    group.add_argument("--sigma", type=number(float, 0), metavar="S", help="scale of the noise at the start", **several)
+    group.add_argument("--sigma", type=number(float, 0, 1000), metavar="S", help="scale of the noise at the start", **several)
     machine_flags(parser.add_argument_group("machine"))
 
 
@@ -272,11 +279,13 @@ def check_output(flag, path, inputs):
     """Raise UserError, before the work that it would lose, where `path` cannot be a file to write or is one of the `inputs`."""
     if not path:
         return
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{flag} {path}: it is no regular file; name another")
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path}: " + ("it is a folder, name a file" if path.is_dir() else f"there is no folder {path.parent}; make it first"))
     if any(path.resolve() == other.resolve() for other in inputs if other):
         raise UserError(f"{flag} {path}: it is named by another flag too; name another file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
         raise UserError(f"{flag} {path}: it cannot be written; name another file")
 
 
@@ -304,7 +313,7 @@ def watcher(model, meta, nfe):
 
     def show(h):
         chances, tokens = map(torch.cat, zip(*((rows @ model.head.T).softmax(-1).max(-1) for rows in h[0].float().split(64)), strict=True))
-        pieces = [one_line(decode(meta, [token])) for token in tokens]
+        pieces = [one_line(decode(meta, [token], padding=True)) for token in tokens]
         pieces = [p[2:] if p.startswith("##") else meta.get("join", "") + p for p in pieces]
         if terminal:
             shades = (chances * len(SHADES)).long().clamp(max=len(SHADES) - 1)
@@ -324,7 +333,7 @@ def prompted(args, checkpoint):
         if args.guidance != 1 or args.block_size or args.length:
             raise UserError("--guidance, --block-size and --length shape what follows a context; give --prompt, --prompt-file or --infill")
         return write_freely
-    if len(asked) > 1 or args.reward:
+    if len(asked) > 1 or args.reward is not None:
         raise UserError("give one of --prompt, --prompt-file, --infill and --reward")
     flag, need = ("--infill", "scatter") if args.infill is not None else ("--" + asked[0].replace("_", "-"), "any or block")
     if not trained or (trained == "scatter") != (need == "scatter"):
@@ -364,6 +373,8 @@ def continued(args, checkpoint):
 def infilled(args, meta):
     """The `write` of --infill."""
     L, encode, tokens = meta["seq_len"], encoder(meta), bos(meta)
+    if not args.mask:
+        raise UserError("--mask is empty; give the text that stands for one token in --infill, [MASK] say")
     given = [True] * len(tokens)
     for k, piece in enumerate(args.infill.split(args.mask)):
         known = encode(piece)
@@ -404,24 +415,27 @@ def main():
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
-    check_output("--output", args.output, [args.checkpoint, args.prompt_file])
-    if args.reward and not args.gamma:
+    args.nfe = list(dict.fromkeys(args.nfe))
+    several = args.output and args.output.name and len(args.nfe) > 1
+    outputs = [args.output.with_stem(f"{args.output.stem}-{nfe}") if several else args.output for nfe in args.nfe]
+    for output in outputs:
+        check_output("--output", output, [args.checkpoint, args.prompt_file])
+    if args.reward is not None and not args.gamma:
         raise UserError("--reward: without renoising, the copies of a particle stay the same; give --gamma above 0, 0.5 say")
-    reward = load_reward(args.reward) if args.reward else None
+    reward = load_reward(args.reward) if args.reward is not None else None
     model, checkpoint = load_sampler(args.checkpoint, args)
     meta = checkpoint["meta"]
     decode(meta, [0])  # a missing tokenizer shows before the work, not after
     write = prompted(args, checkpoint)
     steer = (reward, functools.partial(decode, meta), args.particles, args.strength) if reward else None
-    for nfe in args.nfe:
+    for nfe, output in zip(args.nfe, outputs, strict=True):
         watch = watcher(model, meta, nfe) if args.watch else None
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype, watch, write, steer,
                             temperature=args.temperature, gamma=args.gamma, sigma=args.sigma)  # fmt: skip
-        if args.output:
-            several = f"-{nfe}" if len(args.nfe) > 1 else ""
-            write_samples(args.output.with_stem(args.output.stem + several), rows, meta)
+        if output:
+            write_samples(output, rows, meta)
         print(f"--- {nfe} NFE")
-        for row in rows[: args.num_samples if not args.output else 4]:
+        for row in rows[: args.num_samples if not output else 4]:
             print(decode(meta, row))
 
 

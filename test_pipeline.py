@@ -848,6 +848,27 @@ def test_reward(conditional, tmp_path):
     assert one_line(done.returncode, done.stderr, "the reward gave (1,) values")
 
 
+def test_samples_in_any_form(work, tmp_path):
+    """The same samples as ids, text, .jsonl and a folder are the same rows, inner padding and all; a long row is cut, a short one padded."""
+    meta = read_meta(work / "data/grammar")
+    rows = prepare_data.read_rows(work / "data/grammar", "val", meta)[:6].astype(np.int64)
+    rows[2, 3] = meta["pad_id"]
+    for name in ("a.npy", "a.txt"):
+        sample.write_samples(tmp_path / name, rows, meta)
+    np.save(tmp_path / "wide.npy", np.concatenate([rows, rows], 1))
+    np.save(tmp_path / "narrow.npy", rows[:, : max(1, (rows != meta["pad_id"]).nonzero()[1].max() + 1)])
+    texts = [decode(meta, row) for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "folder").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"folder/{i}").write_text(text + "\n")
+    for name in ("a.npy", "a.txt", "a.jsonl", "folder", "wide.npy", "narrow.npy"):
+        found, read = evaluate.read_samples(tmp_path / name, meta)
+        assert np.array_equal(np.stack(found), rows), name
+        assert read == texts, name
+    assert "<pad>" in texts[2]
+
+
 def test_encode_is_the_inverse_of_decode():
     """On the grammar and on characters; what the vocabulary lacks is refused."""
     words = dict(tokenizer="grammar", vocab=prepare_data.grammar_words(), join=" ", pad_id=0, bos_id=None)
@@ -1277,6 +1298,16 @@ BAD = [
     (train_diagonal, ["--data", "grammar", "--block-size", "5"], "--context"),
     (train_diagonal, ["--data", "grammar", "--context", "scatter", "--block-size", "5"], "scatter"),
     (train_diagonal, ["--data", "grammar", "--context", "any", "--schedule", "calibrated"], "whole rows"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--nfe", "1", "2", "--output", "trained/taken.npy"], "taken-2.npy: it is a folder"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--output", "pipe"], "no regular file"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--gamma", "0.5", "--reward", "json:decoder"], "no function"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--gamma", "0.5", "--reward", "json:dumps"], "a number each"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--gamma", "0.5", "--reward", ""], "module:function"),
+    (evaluate, ["--samples", "archive.npy", "--data", "grammar"], "an archive"),
+    (evaluate, ["--samples", "zip.npy", "--data", "grammar"], "BadZipFile"),
+    (evaluate, ["--samples", "short.txt", "absent.txt", "--judge", "no-such-judge"], "absent.txt"),
+    (evaluate, ["--samples", "lines.jsonl"], "KeyError"),
+    (evaluate, ["--samples", "folder", "--data", "grammar", "--output", "folder/evaluation.json"], "in the folder of samples"),
     (distill, ["--data", "grammar", "--loss", "psd", "--context", "any"], "--context is fixed"),
     (distill, ["--data", "grammar", "--loss", "esd", "--guidance", "2"], "teaches itself"),
     (distill, ["--data", "grammar", "--loss", "psd", "--guidance", "2", "--checkpoint", "trained/checkpoint.pt"], "without contexts"),
@@ -1374,6 +1405,14 @@ def bad(work, conditional, tmp_path_factory):
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)
     (folder / "short.jsonl").write_text('{"text": "a b"}\n')
     (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "trained/taken-2.npy").mkdir()
+    os.mkfifo(folder / "pipe")
+    with open(folder / "archive.npy", "wb") as file:
+        np.savez(file, np.ones((2, 3)))
+    (folder / "zip.npy").write_bytes(b"PK\x03\x04")
+    (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
+    (folder / "folder").mkdir()
+    (folder / "folder/1.txt").write_text("some farmers read")
 
     class Evil:
         def __reduce__(self):
