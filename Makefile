@@ -16,8 +16,8 @@ RUNS := runs/grammar-diagonal runs/grammar-psd
 demo: $(READY)
 	$(BIN)/python prepare_data.py grammar
 	rm -rf $(RUNS)
-	$(BIN)/python train_diagonal.py $(FLAGS) --size tiny --steps 3200 --warmup 100 --cooldown 3100 --lr 2.5e-3
-	$(BIN)/python distill.py $(FLAGS) --loss psd --no-learned-weight --consistency-power 0 --diagonal-from stage1 --steps 1150 --warmup 50 --cooldown 1100 --lr 1.5e-3 --diagonal-share 0.25 --boundary 0.2
+	$(BIN)/python train_diagonal.py $(FLAGS) --size tiny --steps 3000 --warmup 100 --cooldown 2900 --lr 2.5e-3
+	$(BIN)/python distill.py $(FLAGS) --loss psd --no-learned-weight --consistency-power 0 --diagonal-from stage1 --steps 1000 --warmup 50 --cooldown 950 --lr 1.5e-3 --diagonal-share 0.25 --boundary 0.2
 	$(BIN)/python evaluate.py --checkpoint $(RUNS:=/checkpoint.pt) --nfe 1 2 4 8 64 --batch-size 256 --show 3 --plot runs/demo.png
 
 test: $(READY)
