@@ -56,7 +56,7 @@ class Oracle:
     model.lagged(tau). All times of a row lie on that curve, along which the flow is integrated.
     """
 
-    def __init__(self, path, lag=0.0, steps=80, sequences=SEQUENCES, weights=WEIGHTS):
+    def __init__(self, path, lag=0.0, steps=60, sequences=SEQUENCES, weights=WEIGHTS):
         self.path, self.lag, self.steps, self.log_weights = INTERPOLANTS[path], lag, steps, weights.log()
         self.one_hot = torch.nn.functional.one_hot(sequences).double()  # (K, L, V)
         self.head = self.embedding = torch.eye(self.one_hot.shape[-1], dtype=torch.float64)
@@ -339,8 +339,7 @@ def test_lagrangian_logit_form_loses_settled_mass():
     assert (taught(oracle, "lsd", "signed", x, jump)[1] - psi).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("lag", LAGS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "lag"), [("linear", 0.0), ("trigonometric", 1.5)])
 @pytest.mark.parametrize(("loss", "form"), FORMS)
 def test_teacher_near_the_end(path, loss, form, lag):
     """The same for s -> t and for t -> 1, where the plain forms lose their digits."""
