@@ -56,7 +56,7 @@ class Oracle:
     model.lagged(tau). All times of a row lie on that curve, along which the flow is integrated.
     """
 
-    def __init__(self, path, lag=0.0, steps=60, sequences=SEQUENCES, weights=WEIGHTS):
+    def __init__(self, path, lag=0.0, steps=80, sequences=SEQUENCES, weights=WEIGHTS):
         self.path, self.lag, self.steps, self.log_weights = INTERPOLANTS[path], lag, steps, weights.log()
         self.one_hot = torch.nn.functional.one_hot(sequences).double()  # (K, L, V)
         self.head = self.embedding = torch.eye(self.one_hot.shape[-1], dtype=torch.float64)
