@@ -16,6 +16,7 @@ of tokens (B, L) and a `Draw` of random numbers: the losses in order of priority
 scalars for the log, each a mean or a pair (sum, count) of which the log takes the mean.
 """
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -548,11 +549,16 @@ def start_ranks(args):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=args.timeout))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the {world} ranks did not meet: {str(error).splitlines()[0]}; start all with torchrun") from None
-    try:
-        yield rank, world, device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # Where this rank fails, the group ends with the process, after its error is shown: the others see the end at once, and say so.
+    atexit.register(end_group)
+    yield rank, world, device
+    end_group()
+
+
+def end_group():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def step_of(path):
