@@ -219,27 +219,27 @@ def read_samples(path, meta):
                 raise UserError(f"--samples {path}: an archive of arrays; expected one array of ids of shape (N, L)")
             if rows.ndim != 2 or rows.dtype.kind not in "iu" or not rows.size or rows.min() < 0 or rows.max() >= meta["vocab_size"]:
                 raise UserError(f"--samples {path}: {rows.dtype} of shape {rows.shape}; expected ids of shape (N, L) below {meta['vocab_size']}")
-            texts = [row.astype(np.int64) for row in rows]
+            samples = [row.astype(np.int64) for row in rows]
         elif path.is_dir():
             files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
-            texts = [file.read_text(encoding="utf-8").removesuffix("\n") for file in files]
+            samples = [file.read_text(encoding="utf-8").removesuffix("\n") for file in files]
         else:
             lines = path.read_text(encoding="utf-8").split("\n")
             lines = lines[: len(lines) - (lines[-1] == "")]
             if path.suffix == ".jsonl":
-                texts = ["" + json.loads(line)["text"] for line in lines]  # TypeError where it is no string
+                samples = ["" + json.loads(line)["text"] for line in lines]  # TypeError where it is no string
             else:
                 escapes = {"\\n": "\n", "\\r": "\r", "\\\\": "\\"}
-                texts = [re.sub(r"\\[nr\\]", lambda found: escapes[found[0]], line) for line in lines]
+                samples = [re.sub(r"\\[nr\\]", lambda found: escapes[found[0]], line) for line in lines]
     except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise UserError(f"--samples {path}: cannot be read ({type(error).__name__}: {error}); {expected}") from None
-    if not texts:
+    if not samples:
         raise UserError(f"--samples {path} holds no sample; expected one a line, or one a file in a folder")
     try:
-        rows = None if meta is None else list(map(sample_ids(meta), texts))
+        rows = None if meta is None else list(map(sample_ids(meta), samples))
     except UserError as error:
         raise UserError(f"--samples {path}: {error}") from None
-    return rows, texts if isinstance(texts[0], str) else [decode(meta, row) for row in rows]
+    return rows, samples if isinstance(samples[0], str) else [decode(meta, row) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -92,10 +92,10 @@ def loss_curve(model, tokens, draw):
     xi, curve, held = draw.normal(tokens.shape[1], model.noise_size), [], model.held_factor
     model.hold_noise()
     scale = torch.full((tokens.numel(),), 1 / tokens.numel(), device=tokens.device)
+    divergence = Divergence(cross_entropy, (tokens.flatten(),))
     for r in torch.logspace(-2, 3, 61, dtype=torch.float64):
         t = model.path.time_of(r / (1 + r)).float().expand(len(tokens), 1).to(tokens.device)
         h = model(model.interpolate(xi, tokens, t), t, t).flatten(0, 1)
-        divergence = Divergence(cross_entropy, (tokens.flatten(),))
         loss, _ = head_loss(h, model.head, scale, divergence, c=0.01, r=0.0, compiled=model.compiled)
         curve.append(torch.stack([r / (1 + r), loss.cpu().double()]))
     model.held_factor = held
@@ -549,8 +549,8 @@ def start_ranks(args):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=args.timeout))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the {world} ranks did not meet: {str(error).splitlines()[0]}; start all with torchrun") from None
-    # Where this rank fails, the group ends with the process, after its error is shown: the others see the end at once, and say so.
-    atexit.register(end_group)
+        # Where this rank fails, the group ends with the process, after its error is shown: the others see the end at once, and say so.
+        atexit.register(end_group)
     yield rank, world, device
     end_group()
 
