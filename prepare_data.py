@@ -19,10 +19,12 @@ that is interrupted leaves no data set behind, and one that has finished is not 
 """
 
 import argparse
+import bisect
 import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -171,11 +173,13 @@ def grammar_words():
     return [PAD, STOP] + [word for word in words if word != STOP]
 
 
+@functools.cache
 def grammar_longest(state="start"):
     """The number of words, full stop included, of the longest sentence."""
     return 0 if state is None else max(1 + grammar_longest(after) for _, after in grammar()[state].values())
 
 
+@functools.cache
 def grammar_entropy(state="start"):
     """The exact entropy of the source in nats per sentence: H(state) = sum p (H(next) - log p)."""
     if state is None:
@@ -207,7 +211,7 @@ def grammar_rows(count, seed):
     rng = np.random.default_rng(seed)
     index = {word: i for i, word in enumerate(grammar_words())}
     arcs = {
-        state: (np.cumsum([p for p, _ in out.values()]), [index[w] for w in out], [after for _, after in out.values()])
+        state: (list(itertools.accumulate(p for p, _ in out.values())), [index[w] for w in out], [after for _, after in out.values()])
         for state, out in grammar().items()
     }
     rows = np.zeros((count, grammar_longest()), np.uint16)
@@ -217,7 +221,7 @@ def grammar_rows(count, seed):
             if state is None:
                 break
             edges, tokens, after = arcs[state]
-            choice = min(int(np.searchsorted(edges, u, side="right")), len(tokens) - 1)
+            choice = min(bisect.bisect(edges, u), len(tokens) - 1)
             row[position], state = tokens[choice], after[choice]
     return rows
 
