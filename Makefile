@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python prepare_data.py grammar
 	rm -rf $(RUNS)
 	$(BIN)/python train_diagonal.py $(FLAGS) --size tiny --steps 2500 --warmup 100 --cooldown 2400 --lr 2.5e-3
-	$(BIN)/python distill.py $(FLAGS) --loss psd --no-learned-weight --consistency-power 0 --diagonal-from stage1 --steps 850 --warmup 50 --cooldown 800 --lr 1.5e-3 --diagonal-share 0.25 --boundary 0.2
+	$(BIN)/python distill.py $(FLAGS) --loss psd --divergence square --no-learned-weight --diagonal-from stage1 --steps 850 --warmup 50 --cooldown 800 --lr 1.5e-3 --diagonal-share 0.25 --boundary 0.2
 	$(BIN)/python evaluate.py --checkpoint $(RUNS:=/checkpoint.pt) --nfe 1 2 4 8 64 --num-samples 512 --batch-size 256 --bleu-samples 0 --show 3 --plot runs/demo.png
 
 test: $(READY)

@@ -5,7 +5,8 @@
     python benchmarks/study.py grammar --table                           # of what is there
 
 Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
-and stage 2 (and sampling) together, and the smallest and the largest; study.json, beside the runs, has the flags and every number.
+and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than PSD from the same
+stage 1, since seeds of stage 1 differ more than losses do. study.json, beside the runs, has the flags and every number.
 """
 
 import json
@@ -60,6 +61,12 @@ STUDIES = {
 }
 
 
+def spread(values):
+    """{nfe: number or None} of each seed -> {"N NFE": "mean (smallest-largest)"}."""
+    seen = {nfe: [v[nfe] for v in values if v[nfe] is not None] for nfe in (values[0] if values else {})}
+    return {f"{nfe} NFE": f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else None for nfe, v in seen.items()}
+
+
 def main():
     parser = Parser(prog="study.py", description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=list(STUDIES))
@@ -101,15 +108,17 @@ def main():
         found.append({"run": path.parent.name, "seed": int(path.parent.parent.name), "flags": flags, "scores": scores})
     if not found:
         raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
+    by_run = {(run["run"], run["seed"]): run["scores"] for run in found}
     rows = []
     for name in ("diagonal", *RUNS):
-        runs = [run["scores"] for run in found if run["run"] == name]
+        runs = {seed: scores for (run, seed), scores in by_run.items() if run == name}
         for score in study["scores"] if runs else []:
-            row = {"run": name, "seeds": len(runs), "score": score}
-            for nfe in runs[0]:
-                values = [scores[nfe][score] for scores in runs if scores[nfe][score] is not None]
-                row[f"{nfe} NFE"] = f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})" if values else None
-            rows.append(row)
+            values = [{nfe: row[score] for nfe, row in scores.items()} for scores in runs.values()]
+            rows.append({"run": name, "seeds": len(values), "score": score} | spread(values))
+            if score == study["scores"][0] and name not in ("diagonal", "psd"):
+                pairs = [(scores, by_run["psd", seed]) for seed, scores in runs.items() if ("psd", seed) in by_run]
+                values = [{nfe: a[nfe][score] - b[nfe][score] for nfe in a} for a, b in pairs]
+                rows.append({"run": name, "seeds": len(values), "score": f"{score} - psd"} | spread(values))
     print(table(rows))
     (folder / "study.json").write_text(json.dumps(found, indent=1) + "\n")
 
