@@ -44,6 +44,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "benchmarks"))
 import benchmark
 import collapse
+import curves
 import study
 
 TEST_DATA = os.environ.get("DFM_TEST_DATA")
@@ -948,6 +949,22 @@ def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
     assert checkpoint(out / "checkpoint.pt")["step"] == 3
     assert re.search(r"\| *psd \| *1 \| *grammatical \|", capsys.readouterr().out)
     assert [run["run"] for run in json.loads((tmp_path / "runs/study/grammar/study.json").read_text())] == ["diagonal", "psd"]
+
+
+def test_curves(work, tmp_path, capsys, monkeypatch):
+    """The losses of a run to a picture, a half-written last line left out; a key or a run that is not there in one line."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    log = (work / "runs/grammar-diagonal/log.jsonl").read_text()
+    (folder / "log.jsonl").write_text(log + log.splitlines()[0][:20])
+    monkeypatch.setattr(sys, "argv", ["curves.py", str(folder), "--output", str(tmp_path / "loss.png")])
+    curves.main()
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}: diagonal_ce\n"
+    for more, said in ((["--keys", "clamped"], "no run has logged 'clamped'"), ([str(tmp_path)], "log.jsonl: No such file")):
+        monkeypatch.setattr(sys, "argv", ["curves.py", str(folder), *more])
+        with pytest.raises(prepare_data.UserError, match=said):
+            curves.main()
 
 
 def test_collapse(work, tmp_path, capsys, monkeypatch):

@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set with the contexts (default: the one trained on)")
     parser.add_argument("--judge", required=True, metavar="NAME", help="causal LM: a hub name or a folder")
     parser.add_argument("--contexts", type=number(int, 2), default=512, help="validation rows")
-    parser.add_argument("--prompt-length", type=number(int, 1), metavar="P", help="tokens of a context (default: half a row)")
+    parser.add_argument("--prompt-length", type=number(int, 1), metavar="P", help="tokens of a context (default: all but a block, or half a row)")
     parser.add_argument("--nfe", type=number(int, 1), nargs="+", default=[32], metavar="N")
     parser.add_argument("--guidance", type=number(float, 0), nargs="+", default=[1.0], metavar="W")
     parser.add_argument("--against", nargs=3, metavar=("FILE", "W", "N"), help="compare with two-branch guidance of this checkpoint")
@@ -62,9 +62,13 @@ def main():
     judge, folder = load_judge(args.judge, args.device), args.data or Path(checkpoint["args"]["data"])
     meta = read_meta(folder)
     rows = torch.from_numpy(read_rows(folder, "val", meta)[: args.contexts].astype(np.int64))
-    length = args.prompt_length or meta["seq_len"] // 2
+    learned = checkpoint["args"]["block_size"]  # None: all that follows the context
+    length = args.prompt_length or (meta["seq_len"] - learned if learned else meta["seq_len"] // 2)
     if length >= meta["seq_len"]:
         raise UserError(f"--prompt-length {length} leaves nothing of a row of {meta['seq_len']} tokens")
+    if learned and meta["seq_len"] - length != learned:
+        raise UserError(f"--prompt-length {length} leaves a block of {meta['seq_len'] - length} tokens of a row of {meta['seq_len']}, and "
+                        f"{args.checkpoint} learned blocks of {learned}; give {meta['seq_len'] - learned}")  # fmt: skip
     contexts, real = rows[:, :length], rows[:, length:].numpy()
     results = []
 
