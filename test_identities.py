@@ -649,7 +649,7 @@ def test_surgery():
 PAIRS, SHARES = torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
 
-def learn(model, objective, steps, lr, surgery=False, batch=256):
+def learn(model, objective, steps, lr, surgery=False, batch=128):
     """Adam on `objective` over pairs drawn by their shares, the learning rate falling linearly to 0."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr=lr, betas=(0.9, 0.99))
@@ -693,7 +693,7 @@ def learned_diagonal():
 
 @pytest.mark.parametrize(
     ("loss", "form", "lr", "steps", "weighted"),
-    [("psd", "logit", 3e-3, 250, False), ("lsd", "signed", 3e-3, 250, False), ("esd", "logit", 5e-4, 500, True)],
+    [("psd", "logit", 3e-3, 300, False), ("lsd", "signed", 3e-3, 350, False), ("esd", "logit", 5e-4, 400, True)],
 )
 def test_learning_reaches_the_truth(learned_diagonal, loss, form, lr, steps, weighted):
     """Each loss brings the true KL to psi_st below 0.1 nats, and one step to the shares of the language within 0.1."""
