@@ -236,7 +236,10 @@ def stage_command(stage, work):
 
 @pytest.mark.parametrize("stage", ["context", "psd", "joint"])
 def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
-    """One step by one rank, by one rank in four micro-batches, and by two ranks: the same gradient (Adam's first moment)."""
+    """One step by one rank, by one rank in four micro-batches, and by two ranks: the same gradient (Adam's first moment).
+
+    What two ranks began one goes on with: the same global batches, so the same weights but for rounding.
+    """
     program = stage_command(stage, work)
     moments = []
     for name, ranks, micro in (("whole", 1, 16), ("micro", 1, 4), ("ranks", 2, 4)):
@@ -248,6 +251,11 @@ def test_ranks_and_accumulation_change_nothing(work, tmp_path, stage):
         scale = max(float(m.abs().max()) for m in moments[0])
         assert max(float((a - b).abs().max()) for a, b in zip(moments[0], other, strict=True)) < 1e-5 * scale
     assert scale > 0
+    if stage == "psd":
+        for name, micro in (("whole", 16), ("ranks", 4)):
+            python(*program, "--out", tmp_path / name, "--steps", 3, "--micro-batch", micro, "--resume", cwd=tmp_path)
+        whole, parts = (checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "ranks"))
+        assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
 
 
 @needs_proc
@@ -348,11 +356,9 @@ def workers(out):
     return sorted(found)
 
 
-@needs_proc
-@pytest.mark.parametrize(("stage", "ranks"), [("psd", 1), ("esd", 2)])
-def test_killed_runs_resume(work, tmp_path, stage, ranks):
-    """SIGKILL at random moments, to all or to one rank, and --resume: nothing is lost, and one rank's death ends all."""
-    assert kill_and_resume([*stage_command(stage, work), "--micro-batch", 8], tmp_path, 2, 24, seed=0, ranks=ranks, one_rank=ranks == 2) > 0
+def test_killed_runs_resume(work, tmp_path):
+    """SIGKILL at random moments and --resume: nothing is lost. Two ranks: `test_two_ranks_stop_and_resume`."""
+    assert kill_and_resume([*stage_command("psd", work), "--micro-batch", 8], tmp_path, 2, 24, seed=0) > 0
 
 
 @pytest.mark.soak
@@ -365,23 +371,46 @@ def test_soak_of_kills(work, tmp_path, stage, ranks):
     assert kills == 5
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_saves_and_ends(work, tmp_path, ranks):
-    """SIGTERM or SIGINT: within a step all ranks save and end, with exit code 0; --resume ends as if nothing had happened."""
-    flags = [*stage_command("psd", work), "--micro-batch", 8, "--steps", 40]
-    python(*flags, "--out", tmp_path / "whole", ranks=ranks, cwd=tmp_path)
+def stopped_by(sig, process, folder):
+    """Send `sig` to a run into folder / "parts" and wait: (its exit code, the step it ended after, as said, saved and logged)."""
+    process.send_signal(sig)
+    code = process.wait(timeout=60)
+    said = re.findall(r"stopped by (\w+) .*after step (\d+)", (folder / "output").read_text())
+    assert [name for name, _ in said] == [sig.name], (folder / "output").read_text()
+    step = checkpoint(folder / "parts/checkpoint.pt")["step"]
+    assert step == int(said[0][1]) == log_lines(folder / "parts")[-1]["step"]
+    return code, step
+
+
+def test_a_signal_saves_and_ends(work, tmp_path):
+    """SIGTERM or SIGINT: within a step the run saves and ends, with exit code 0; --resume ends as if nothing had happened."""
+    flags = [*stage_command("psd", work), "--micro-batch", 8, "--steps", 30]
+    python(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
     last = 0
-    for sig, resume in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"]))[: 3 - ranks]:
-        process = start(*flags, "--out", tmp_path / "parts", *resume, cwd=tmp_path, ranks=ranks)
+    for sig, resume in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
+        process = start(*flags, "--out", tmp_path / "parts", *resume, cwd=tmp_path)
         wait_for_step(process, tmp_path / "parts", last + 3)
-        process.send_signal(sig)
-        code = process.wait(timeout=60)
-        assert ranks == 2 or code == 0  # torchrun itself ends with its own code
-        said = re.findall(r"stopped by (\w+) .*after step (\d+)", (tmp_path / "output").read_text())
-        assert [name for name, _ in said] == [sig.name], (tmp_path / "output").read_text()
-        last = checkpoint(tmp_path / "parts/checkpoint.pt")["step"]
-        assert last == int(said[0][1]) == log_lines(tmp_path / "parts")[-1]["step"] < 40
-    python(*flags, "--out", tmp_path / "parts", "--resume", ranks=ranks, cwd=tmp_path)
+        code, last = stopped_by(sig, process, tmp_path)
+        assert code == 0
+        assert last < 30
+    python(*flags, "--out", tmp_path / "parts", "--resume", cwd=tmp_path)
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@needs_proc
+def test_two_ranks_stop_and_resume(work, tmp_path):
+    """Of two ranks under torchrun one is killed, which ends both; then SIGTERM saves and ends both; the end is that of a run in peace."""
+    flags = [*stage_command("esd", work), "--micro-batch", 4, "--steps", 30, "--save-every", 3]
+    python(*flags, "--out", tmp_path / "whole", ranks=2, cwd=tmp_path)
+    process = start(*flags, "--out", tmp_path / "parts", ranks=2, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "parts", 5)
+    os.kill(workers(tmp_path / "parts")[1], signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    process = start(*flags, "--out", tmp_path / "parts", "--resume", ranks=2, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "parts", checkpoint(tmp_path / "parts/checkpoint.pt")["step"] + 4)  # past what the killed run logged
+    _, last = stopped_by(signal.SIGTERM, process, tmp_path)  # torchrun ends with a code of its own
+    assert last < 30
+    python(*flags, "--out", tmp_path / "parts", "--resume", ranks=2, cwd=tmp_path)
     assert same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -452,16 +481,6 @@ train_diagonal.run(train_diagonal.main)
     assert "the ranks differ in flags" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_other_ranks_on_resume(work, tmp_path):
-    """Begun by two ranks and resumed by one: the same global batches, so the same weights but for rounding."""
-    flags = [*stage_command("psd", work), "--micro-batch", 4, "--log-every", 4]
-    python(*flags, "--out", tmp_path / "whole", "--steps", 4, cwd=tmp_path)
-    python(*flags, "--out", tmp_path / "parts", "--steps", 2, ranks=2, cwd=tmp_path)
-    python(*flags, "--out", tmp_path / "parts", "--steps", 4, "--resume", cwd=tmp_path)
-    whole, parts = (checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
 
 
 def test_damaged_checkpoints(work, tmp_path):
