@@ -24,6 +24,7 @@ import itertools
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -178,12 +179,14 @@ class Steering:
     def resample(self, tokens, h=None):
         """(indices of the rows that go on, every row's reward), by systematic resampling within each group."""
         head, texts = lowered(self.model.head), [self.decode_row(row) for row in tokens.cpu()]
-        wants = "probabilities" in inspect.signature(self.reward).parameters
-        if wants and h is not None:
-            psi = [probabilities(row @ head.T).cpu() for row in h]
-        elif wants:
-            psi = [F.one_hot(row, len(head)).float() for row in tokens.cpu()]
-        found = self.reward(texts, psi) if wants else self.reward(texts)
+        try:
+            if "probabilities" in inspect.signature(self.reward).parameters:
+                psi = [F.one_hot(row, len(head)).float() for row in tokens.cpu()] if h is None else [probabilities(row @ head.T).cpu() for row in h]
+                found = self.reward(texts, psi)
+            else:
+                found = self.reward(texts)
+        except Exception as error:  # the user's own code
+            raise UserError(f"the reward failed: {told(error)}") from None
         try:
             values = torch.as_tensor(found, dtype=torch.float64).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -198,6 +201,12 @@ class Steering:
         return (chosen + torch.arange(len(chosen))[:, None] * self.particles).flatten(), values
 
 
+def told(error):
+    """One line that says what went wrong in a user's own function, and where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {one_line(str(error))[:200]} ({last.filename}, line {last.lineno})"
+
+
 def load_reward(name):
     """The function that "module:function" names, from the current folder or an installed module."""
     module, _, function = name.partition(":")
@@ -206,6 +215,8 @@ def load_reward(name):
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"--reward {name}: {error}; give module:function, of a file module.py in this folder") from None
+    except Exception as error:  # the user's own code, as it is imported
+        raise UserError(f"--reward {name}: the module failed, {told(error)}; mend it") from None
     if not callable(found):
         raise UserError(f"--reward {name}: it is no function; give module:function, of a file module.py in this folder")
     return found
@@ -407,7 +418,7 @@ def main():
     group.add_argument("--infill", metavar="TEXT", help="keep this text, write what its masks hide and what follows")
     group.add_argument("--mask", default="[MASK]", metavar="TEXT", help="stands for one token in --infill")
     group.add_argument("--guidance", type=number(float, 0), default=1.0, metavar="W",
-                       help="weight of the context: 0 ignores it, 1 is plain, above 1 exaggerates; two network calls an evaluation")  # fmt: skip
+                       help="weight of the context: 0 ignores it, 1 is plain, above 1 exaggerates; two branches, one batch")  # fmt: skip
     group = parser.add_argument_group("steering")
     group.add_argument("--reward", metavar="M:F", help="function F of module M that scores texts: particles that promise more go on")
     group.add_argument("--particles", type=number(int, 2), default=8, metavar="P", help="for each sample")
@@ -422,6 +433,8 @@ def main():
         check_output("--output", output, [args.checkpoint, args.prompt_file])
     if args.reward is not None and not args.gamma:
         raise UserError("--reward: without renoising, the copies of a particle stay the same; give --gamma above 0, 0.5 say")
+    if args.watch and args.guidance != 1:
+        raise UserError("--watch shows what one network expects and --guidance mixes two; leave out one of them")
     reward = load_reward(args.reward) if args.reward is not None else None
     model, checkpoint = load_sampler(args.checkpoint, args)
     meta = checkpoint["meta"]

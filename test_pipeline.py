@@ -854,7 +854,9 @@ def test_reward(conditional, tmp_path):
         "def short(texts): return [-len(text.split()) for text in texts]\n"
         "def sure(texts, probabilities): return [float(psi.max(-1).values.mean()) for psi in probabilities]\n"
         "def wrong(texts): return [0.0]\n"
+        "def fails(texts): return 1 / 0\n"
     )
+    (tmp_path / "broken.py").write_text("def f(texts:\n")
 
     def lengths(*flags):
         flags = ["--checkpoint", conditional / "runs/grammar-diagonal/checkpoint.pt", "--num-samples", 4, "--nfe", 3, "--gamma", 0.5, *flags]
@@ -864,6 +866,9 @@ def test_reward(conditional, tmp_path):
     assert sum(lengths("--reward", "rewards:short", "--particles", 6)) < sum(lengths())
     assert len(lengths("--reward", "rewards:sure", "--particles", 2)) == 4
     flags = ["--checkpoint", conditional / "runs/grammar-diagonal/checkpoint.pt", "--nfe", 3, "--gamma", 0.5]
+    for name, said in (("rewards:fails", "the reward failed: ZeroDivisionError"), ("broken:f", "the module failed, SyntaxError")):
+        done = python("sample.py", *flags, "--reward", name, cwd=tmp_path, ok=False)
+        assert one_line(done.returncode, done.stderr, said)
     done = python("sample.py", *flags, "--reward", "rewards:wrong", cwd=tmp_path, ok=False)
     assert one_line(done.returncode, done.stderr, "the reward gave (1,) values")
 
