@@ -421,8 +421,8 @@ def main():
                        help="weight of the context: 0 ignores it, 1 is plain, above 1 exaggerates; two branches, one batch")  # fmt: skip
     group = parser.add_argument_group("steering")
     group.add_argument("--reward", metavar="M:F", help="function F of module M that scores texts: particles that promise more go on")
-    group.add_argument("--particles", type=number(int, 2), default=8, metavar="P", help="for each sample")
-    group.add_argument("--strength", type=number(float, 0, above=True), default=10.0, help="of the reward, in nats a unit")
+    group.add_argument("--particles", type=number(int, 2), metavar="P", help="for each sample (default: 8)")
+    group.add_argument("--strength", type=number(float, 0, above=True), help="of the reward, in nats a unit (default: 10)")
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
@@ -433,6 +433,10 @@ def main():
         check_output("--output", output, [args.checkpoint, args.prompt_file])
     if args.reward is not None and not args.gamma:
         raise UserError("--reward: without renoising, the copies of a particle stay the same; give --gamma above 0, 0.5 say")
+    if args.reward is None and (args.particles or args.strength):
+        raise UserError("--particles and --strength belong to --reward; give it too, or leave them out")
+    if args.infill is None and args.mask != parser.get_default("mask"):
+        raise UserError(f"--mask {args.mask} stands for a token in --infill; give it too, or leave --mask out")
     if args.watch and args.guidance != 1:
         raise UserError("--watch shows what one network expects and --guidance mixes two; leave out one of them")
     reward = load_reward(args.reward) if args.reward is not None else None
@@ -440,7 +444,7 @@ def main():
     meta = checkpoint["meta"]
     decode(meta, [0])  # a missing tokenizer shows before the work, not after
     write = prompted(args, checkpoint)
-    steer = (reward, functools.partial(decode, meta), args.particles, args.strength) if reward else None
+    steer = (reward, functools.partial(decode, meta), args.particles or 8, args.strength or 10.0) if reward else None
     for nfe, output in zip(args.nfe, outputs, strict=True):
         watch = watcher(model, meta, nfe) if args.watch else None
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype, watch, write, steer,
