@@ -179,13 +179,12 @@ class Steering:
     def resample(self, tokens, h=None):
         """(indices of the rows that go on, every row's reward), by systematic resampling within each group."""
         head, texts = lowered(self.model.head), [self.decode_row(row) for row in tokens.cpu()]
+        given = [texts]
+        if "probabilities" in inspect.signature(self.reward).parameters:
+            given += [[F.one_hot(row, len(head)).float() for row in tokens.cpu()] if h is None else [probabilities(row @ head.T).cpu() for row in h]]
         try:
-            if "probabilities" in inspect.signature(self.reward).parameters:
-                psi = [F.one_hot(row, len(head)).float() for row in tokens.cpu()] if h is None else [probabilities(row @ head.T).cpu() for row in h]
-                found = self.reward(texts, psi)
-            else:
-                found = self.reward(texts)
-        except Exception as error:  # the user's own code
+            found = self.reward(*given)
+        except Exception as error:  # the user's own code, and it alone
             raise UserError(f"the reward failed: {told(error)}") from None
         try:
             values = torch.as_tensor(found, dtype=torch.float64).cpu()
@@ -219,6 +218,10 @@ def load_reward(name):
         raise UserError(f"--reward {name}: the module failed, {told(error)}; mend it") from None
     if not callable(found):
         raise UserError(f"--reward {name}: it is no function; give module:function, of a file module.py in this folder")
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError):
+        raise UserError(f"--reward {name}: its arguments cannot be told; give a function written in Python") from None
     return found
 
 

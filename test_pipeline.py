@@ -323,7 +323,7 @@ def same_runs(a, b):
     return not list(b.rglob("*.tmp"))
 
 
-def kill_and_resume(program, folder, kills, steps, seed, ranks=1, sig=signal.SIGKILL, one_rank=False):
+def kill_and_resume(program, folder, kills, steps, seed, ranks=1, one_rank=False):
     """Run `program` to the end, killed `kills` times at random moments; and once in peace. How many kills hit; both must end alike."""
     chance, hits = random.Random(seed), 0
     flags = [*program, "--steps", steps, "--save-every", 3, "--log-every", 2]
@@ -335,7 +335,7 @@ def kill_and_resume(program, folder, kills, steps, seed, ranks=1, sig=signal.SIG
             wait_for_step(process, folder / "parts", chance.randint(kill * steps // (kills + 1), (kill + 1) * steps // (kills + 1)))
             time.sleep(chance.random() * 0.2)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(chance.choice(workers(folder / "parts")), sig) if one_rank else os.killpg(process.pid, sig)
+                os.kill(chance.choice(workers(folder / "parts")), signal.SIGKILL) if one_rank else os.killpg(process.pid, signal.SIGKILL)
         code = process.wait(timeout=120)
         hits += kill < kills and code != 0
         if code == 2 and "already" in (folder / "output").read_text():
@@ -855,6 +855,8 @@ def test_reward(conditional, tmp_path):
         "def sure(texts, probabilities): return [float(psi.max(-1).values.mean()) for psi in probabilities]\n"
         "def wrong(texts): return [0.0]\n"
         "def fails(texts): return 1 / 0\n"
+        "def hidden(texts): return [0.0]\n"
+        "hidden.__signature__ = 1\n"
     )
     (tmp_path / "broken.py").write_text("def f(texts:\n")
 
@@ -866,7 +868,11 @@ def test_reward(conditional, tmp_path):
     assert sum(lengths("--reward", "rewards:short", "--particles", 6)) < sum(lengths())
     assert len(lengths("--reward", "rewards:sure", "--particles", 2)) == 4
     flags = ["--checkpoint", conditional / "runs/grammar-diagonal/checkpoint.pt", "--nfe", 3, "--gamma", 0.5]
-    for name, said in (("rewards:fails", "the reward failed: ZeroDivisionError"), ("broken:f", "the module failed, SyntaxError")):
+    for name, said in (
+        ("rewards:fails", "the reward failed: ZeroDivisionError"),
+        ("broken:f", "the module failed, SyntaxError"),
+        ("rewards:hidden", "cannot be told"),
+    ):
         done = python("sample.py", *flags, "--reward", name, cwd=tmp_path, ok=False)
         assert one_line(done.returncode, done.stderr, said)
     done = python("sample.py", *flags, "--reward", "rewards:wrong", cwd=tmp_path, ok=False)

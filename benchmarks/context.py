@@ -62,13 +62,14 @@ def main():
     judge, folder = load_judge(args.judge, args.device), args.data or Path(checkpoint["args"]["data"])
     meta = read_meta(folder)
     rows = torch.from_numpy(read_rows(folder, "val", meta)[: args.contexts].astype(np.int64))
-    learned = checkpoint["args"]["block_size"]  # None: all that follows the context
-    length = args.prompt_length or (meta["seq_len"] - learned if learned else meta["seq_len"] // 2)
-    if length >= meta["seq_len"]:
-        raise UserError(f"--prompt-length {length} leaves nothing of a row of {meta['seq_len']} tokens")
-    if learned and meta["seq_len"] - length != learned:
-        raise UserError(f"--prompt-length {length} leaves a block of {meta['seq_len'] - length} tokens of a row of {meta['seq_len']}, and "
-                        f"{args.checkpoint} learned blocks of {learned}; give {meta['seq_len'] - learned}")  # fmt: skip
+    L, learned = meta["seq_len"], checkpoint["args"]["block_size"]  # None: all that follows the context
+    length = args.prompt_length or (L - learned if learned else L // 2)
+    if length >= L:
+        raise UserError(f"--prompt-length {length} leaves nothing of a row of {L} tokens")
+    if learned and L - length != learned:
+        raise UserError(
+            f"--prompt-length {length} leaves a block of {L - length} tokens, and {args.checkpoint} learned {learned}; give {L - learned}"
+        )
     contexts, real = rows[:, :length], rows[:, length:].numpy()
     results = []
 

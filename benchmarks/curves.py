@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import load_pyplot
 from prepare_data import Parser, UserError, run
+from sample import check_output
 
 
 def read_log(folder):
@@ -46,8 +47,7 @@ def main():
         raise UserError(f"no run has logged {missing[0]!r}; there are: {', '.join(there) or 'none yet'}")
     if not keys:
         raise UserError(f"{args.runs[0]} has logged no loss yet; wait for its first line")
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+    check_output("--output", args.output, [folder / "log.jsonl" for folder in args.runs])
     pyplot = load_pyplot()
     colours = {folder: f"C{i}" for i, folder in enumerate(logs)}
     figure, panels = pyplot.subplots(1, len(keys), figsize=(5 * len(keys), 3.6), layout="constrained", squeeze=False)
