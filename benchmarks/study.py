@@ -22,10 +22,17 @@ from prepare_data import Parser, UserError, number, run
 
 ROOT = Path(__file__).parent.parent
 PLAIN = "--no-learned-weight --consistency-power 0"
-# Every run of stage 2, a folder each: its flags beyond those that all share. First the method's losses, each by the target
+# Every run, a folder each: its flags beyond those that all share. Stage 1 by three noise schedules, of which stage 2 starts from
+# the first; calibrated: on the loss measured five times on the way.
+STAGE1 = {
+    "diagonal": "",
+    "diagonal-linear": "--schedule linear",
+    "diagonal-calibrated": "--schedule calibrated --val-every 200",
+}
+# Stage 2: first the method's losses, each by the target
 # and the weights that served it best, then the peers' recipe, squared distance between probabilities with an adaptive
 # weight; then the same weights for all, what stage 1's denoiser is worth on the diagonal, and cures for ESD.
-RUNS = {
+STAGE2 = {
     "psd": f"--loss psd {PLAIN}",
     "lsd": f"--loss lsd --target signed {PLAIN}",
     "esd": "--loss esd",
@@ -53,9 +60,17 @@ STUDIES = {
     "stories": {
         "data": "data/stories",
         "both": "--batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
-        "stage1": "--size tiny --steps 5000 --warmup 100 --cooldown 3000 --lr 2e-3",
-        "stage2": "--steps 1000 --warmup 200 --cooldown 600 --lr 7e-4 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 256 --num-samples 512 --bleu-samples 0 --judge runs/judge-stories --judge-batch 64",
+        "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
+        "stage2": "--steps 500 --warmup 100 --cooldown 400 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
+        "evaluate": "--nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-stories --judge-batch 64",
+        "scores": ["gen_ppl", "entropy", "distinct_4"],
+    },
+    "bpe": {
+        "data": "data/bpe",
+        "both": "--dtype bfloat16 --batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
+        "stage1": "--size tiny --steps 1000 --warmup 100 --cooldown 900 --lr 2e-3",
+        "stage2": "--steps 200 --warmup 50 --cooldown 150 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
+        "evaluate": "--dtype bfloat16 --nfe 1 2 4 8 32 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-bpe --judge-batch 64",
         "scores": ["gen_ppl", "entropy", "distinct_4"],
     },
 }
@@ -71,7 +86,7 @@ def main():
     parser = Parser(prog="study.py", description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=["diagonal", *RUNS], metavar="RUN", help="these runs, by name: " + "; ".join(RUNS))
+    parser.add_argument("--only", nargs="+", choices=[*STAGE1, *STAGE2], metavar="RUN", help="these runs, by name: " + "; ".join([*STAGE1, *STAGE2]))
     parser.add_argument("--table", action="store_true", help="train nothing, print the table")
     args = parser.parse_args()
     study, folder = STUDIES[args.study], Path("runs/study") / args.study
@@ -90,16 +105,17 @@ def main():
 
     for seed in [] if args.table else args.seeds:
         stage1 = folder / str(seed) / "diagonal"
-        for name in ["diagonal", *(args.only or RUNS)]:
+        for name in dict.fromkeys(["diagonal", *(args.only or [*STAGE1, *STAGE2])]):
             out = folder / str(seed) / name
             common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
             if (out / "evaluation.json").exists():
                 continue
-            if name == "diagonal":
-                train("train_diagonal.py", out, common, study["stage1"])
+            if name in STAGE1:
+                train("train_diagonal.py", out, common, study["stage1"], STAGE1[name])
             else:
-                train("distill.py", out, common, study["stage2"], f"--checkpoint {stage1}/checkpoint.pt", RUNS[name])
-            program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed}", study["evaluate"])
+                train("distill.py", out, common, study["stage2"], f"--checkpoint {stage1}/checkpoint.pt", STAGE2[name])
+            bound = "--bound 64" if name in STAGE1 else ""
+            program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed} {bound}", study["evaluate"])
 
     found = []
     for path in sorted(folder.glob("*/*/evaluation.json")):
@@ -110,7 +126,7 @@ def main():
         raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
     by_run = {(run["run"], run["seed"]): run["scores"] for run in found}
     rows = []
-    for name in ("diagonal", *RUNS):
+    for name in (*STAGE1, *STAGE2):
         runs = {seed: scores for (run, seed), scores in by_run.items() if run == name}
         for score in study["scores"] if runs else []:
             values = [{nfe: row[score] for nfe, row in scores.items()} for scores in runs.values()]
