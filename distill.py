@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import DIVERGENCES, Divergence, head_loss, kl, load_model, lowered, signed, softmax, wide
+from model import DIVERGENCES, Divergence, entropy, head_loss, kl, load_model, lowered, signed, softmax, wide
 from prepare_data import Parser, UserError, number, read_meta, run, same_tokens
 from train_diagonal import (
     by_context,
@@ -161,7 +161,7 @@ def residual(z, h, dh, a, b, teacher_head, head):
     """The "signed" form of `corrected`: (p - q, report)."""
     z_teacher, psi_st, delta = derivatives(z, h, dh, teacher_head, head)
     psi = softmax(z_teacher)
-    return a * (psi_st - psi) + b * psi_st * delta, {"teacher_entropy": torch.special.entr(psi).sum(-1)}
+    return a * (psi_st - psi) + b * psi_st * delta, {"teacher_entropy": entropy(psi)}
 
 
 def a_row_each(value, y):
@@ -321,7 +321,7 @@ def check_flags(parser, args):
 
 
 def main():
-    parser = Parser(prog="distill.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="distill.py", description=__doc__)
     group = parser.add_argument_group("distillation")
     group.add_argument("--loss", choices=list(TEACHERS), required=True, help="the identity to learn")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="stage-1 checkpoint (default: runs/DATA-diagonal/checkpoint.pt)")
@@ -330,7 +330,9 @@ def main():
                        help="who gives LSD and ESD the instantaneous denoiser: stage 1 (the default), the averaged weights, the student")  # fmt: skip
     group.add_argument("--target", choices=["logit", "signed"], default="logit",
                        help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
-    group.add_argument("--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, help="share of the rows that learn the diagonal")
+    group.add_argument(
+        "--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, metavar="X", help="share of rows that learn the diagonal"
+    )
     group.add_argument("--diagonal-from", choices=["data", "stage1"],
                        help="what those learn: the clean tokens (the default), or stage 1's denoiser (with --guidance, always): less noise, "
                        "one pass more")  # fmt: skip
@@ -338,7 +340,9 @@ def main():
                        help="with lsd and esd: share of the other rows that learn the semigroup instead, by jumps that end at data")  # fmt: skip
     group.add_argument("--step-law", choices=["uniform", "pair"], default="uniform",
                        help="length of a jump t - s, in progress: uniform, or as between two uniform times")  # fmt: skip
-    group.add_argument("--boundary", type=number(float, 0, 1), default=1 / 32, help="share of the other rows that jump from noise to data")
+    group.add_argument(
+        "--boundary", type=number(float, 0, 1), default=1 / 32, metavar="X", help="share of the other rows that jump from noise to data"
+    )
     group.add_argument("--divergence", choices=list(DIVERGENCES), default="kl",
                        help="KL(teacher || psi); with psd KL(psi || teacher); or |teacher - psi|^2 / 2, as in Euclidean flow maps")  # fmt: skip
     group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",

@@ -122,13 +122,13 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8, bos=False, c
             is_eos[: len(first)] = False
             counted = (~is_eos | (is_eos.cumsum(0) == 1))[1:]
             losses = torch.nn.functional.cross_entropy(z[: len(counted)].float(), target[1 : len(row)], reduction="none")
-            cache[key] = losses[counted].sum(dtype=torch.float64).item(), int(counted.sum())
+            cache[key] = losses[counted].cpu().sum(dtype=torch.float64).item(), int(counted.sum())
     return np.array([cache[key] for key, _ in keyed], np.float64)
 
 
 def fingerprint(judge):
     """A short name for a judge's weights and precision, by which its cache is found."""
-    sums = [(name, tuple(p.shape), p.sum(dtype=torch.float64).item()) for name, p in judge.named_parameters()]
+    sums = [(name, tuple(p.shape), p.cpu().sum(dtype=torch.float64).item()) for name, p in judge.named_parameters()]
     return hashlib.sha256(f"{judge.dtype} {judge.config.model_type} {sums}".encode()).hexdigest()[:12]
 
 
@@ -455,7 +455,7 @@ def plot(pyplot, path, results, frontier, bounds):
 
 
 def parse_args():
-    parser = Parser(prog="evaluate.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="of either stage (default: runs/owt-esd/checkpoint.pt)")
     parser.add_argument("--samples", type=Path, nargs="+", metavar="FILE", help="text made elsewhere: one sample a line, a folder, or a .npy of ids")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set, for control and training rows (default: the one trained on)")

@@ -605,6 +605,11 @@ def maybe_compiled(function, compiled):
 # Losses over a vocabulary, without logits of shape (B, L, V).
 
 
+def entropy(p):
+    """-sum p log p in nats, of distributions (..., V): (...)."""
+    return -torch.xlogy(p, p).sum(-1)  # torch.special.entr would say it shorter, but not on every device
+
+
 def wide(z):
     """At least float32: bf16 logits are widened before a softmax, float64 stays."""
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
@@ -714,10 +719,10 @@ def kl(teacher):
 
     def divergence(z, *inputs):
         q, report = teacher(z, *inputs)
-        log_p, entropy = z.log_softmax(-1), torch.special.entr(q).sum(-1)
-        loss = -entropy - torch.linalg.vecdot(q, log_p)
+        log_p, own = z.log_softmax(-1), entropy(q)
+        loss = -own - torch.linalg.vecdot(q, log_p)
         g = log_p.exp_().sub_(q)
-        return report | {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1), "teacher_entropy": entropy}, g
+        return report | {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1), "teacher_entropy": own}, g
 
     return divergence
 
@@ -731,7 +736,7 @@ def reverse_kl(teacher):
         log_p = z.log_softmax(-1)
         p, ratio = log_p.exp(), log_p - q.clamp(min=torch.finfo(q.dtype).tiny).log()
         loss, distance = torch.linalg.vecdot(p, ratio), torch.linalg.vector_norm(p - q, dim=-1)
-        return report | {"loss": loss, "distance": distance, "teacher_entropy": torch.special.entr(q).sum(-1)}, p * (ratio - loss[:, None])
+        return report | {"loss": loss, "distance": distance, "teacher_entropy": entropy(q)}, p * (ratio - loss[:, None])
 
     return divergence
 
@@ -743,10 +748,10 @@ def square(teacher):
     def divergence(z, *inputs):
         q, report = teacher(z, *inputs)
         p = softmax(z)
-        d, entropy = p - q, torch.special.entr(q).sum(-1)
+        d = p - q
         distance = torch.linalg.vector_norm(d, dim=-1)
         g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
-        return report | {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy}, g
+        return report | {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(q)}, g
 
     return divergence
 
@@ -876,20 +881,15 @@ def config_dict(model):
 # Where to run: the flags that every program with a network shares.
 
 
-def best_device():
-    """The device used where --device names none."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def machine_flags(group):
     """--device and --dtype, shared by every program that runs the network."""
-    group.add_argument("--device", choices=["cuda", "cpu", "mps"], help="default: the best there is")
+    group.add_argument("--device", choices=["cuda", "cpu", "mps"], help="default: cuda where there is one, else cpu; mps is written for and untried")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], help="of matrix products (default: bfloat16 on cuda)")
 
 
 def resolve_machine(args):
     """Fill in the defaults that depend on the machine; UserError for a device that is not there."""
-    args.device = args.device or best_device()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[args.device]:
         raise UserError(f"--device {args.device}: there is none on this machine; try --device cpu")

@@ -49,11 +49,11 @@ def one_line(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in --help, but where the text gives one itself or there is none."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The program's docstring in --help as it stands, and defaults, but where the text gives one itself or there is none."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or "default:" in action.help else super()._get_help_string(action)
+        return action.help if action.default in (None, False) or "default:" in action.help else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -539,24 +539,26 @@ GRAMMAR_ROWS = {"train": 50_000, "val": 5_000}
 
 
 def parse_args():
-    parser = Parser(prog="prepare_data.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="prepare_data.py", description=__doc__)
     parser.add_argument("name", choices=list(SOURCES), help="what to prepare")
-    parser.add_argument("--out", type=Path, help="folder to write (default: data/NAME)")
-    parser.add_argument("--source", nargs="+", help="another dataset id, or local .txt, .jsonl or .parquet files or folders")
-    parser.add_argument("--tokenizer", choices=["gpt2", "bert", "char"], help="default: owt and file gpt2, lm1b bert, text8 char")
-    parser.add_argument("--bert", default="bert-base-uncased", metavar="ID", help="hub name or folder of the bert tokenizer")
-    parser.add_argument("--seq-len", type=number(int, 4, 1 << 20), metavar="L",
-                        help="tokens a row, frame included (default: owt 1024, lm1b 128, text8 256, file 128)")  # fmt: skip
-    parser.add_argument("--column", default="text", help="the column that holds the text")
-    parser.add_argument("--documents", choices=["line", "paragraph", "document"],
-                        help="what one document of a .txt file is: a line, a paragraph (blank lines between), or the whole file")  # fmt: skip
-    parser.add_argument("--val-documents", type=number(int, 0), metavar="N",
-                        help="hold out the last N documents where the source has no split of its own "
-                             "(default: owt 100000; without it, the last 5%% of the rows)")  # fmt: skip
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="read at most N documents of each split")
-    parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1, help="processes that tokenise")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the grammar's draws")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: data/NAME)")
     parser.add_argument("--force", action="store_true", help="replace a finished data set")
+    group = parser.add_argument_group("what to read")
+    group.add_argument("--source", nargs="+", metavar="WHERE", help="another dataset id, or local .txt, .jsonl or .parquet files or folders")
+    group.add_argument("--column", default="text", metavar="NAME", help="the column that holds the text")
+    group.add_argument("--documents", choices=["line", "paragraph", "document"],
+                       help="what one document of a .txt file is: a line, a paragraph (blank lines between), or the whole file")  # fmt: skip
+    group.add_argument("--val-documents", type=number(int, 0), metavar="N",
+                       help="hold out the last N documents where the source has no split of its own "
+                            "(default: owt 100000; without it, the last 5%% of the rows)")  # fmt: skip
+    group.add_argument("--limit", type=number(int, 1), metavar="N", help="read at most N documents of each split")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the grammar's draws")
+    group = parser.add_argument_group("how to cut it into rows of tokens")
+    group.add_argument("--tokenizer", choices=["gpt2", "bert", "char"], help="default: owt and file gpt2, lm1b bert, text8 char")
+    group.add_argument("--bert", default="bert-base-uncased", metavar="ID", help="hub name or folder of the bert tokenizer")
+    group.add_argument("--seq-len", type=number(int, 4, 1 << 20), metavar="L",
+                       help="tokens a row, frame included (default: owt 1024, lm1b 128, text8 256, file 128)")  # fmt: skip
+    group.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1, metavar="N", help="processes that tokenise")
     args = parser.parse_args()
     if args.name == "grammar":
         given = [f for f in ("source", "tokenizer", "seq_len", "documents", "val_documents", "limit") if getattr(args, f)]

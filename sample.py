@@ -276,8 +276,8 @@ def sampling_flags(parser, count, sweep=False):
     """The flags that sampling and evaluation share; with `sweep`, each knob of `generate` takes several values."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--nfe", type=number(int, 1, 100_000), nargs="+", default=[1], metavar="N", help="network evaluations a sample")
-    group.add_argument("--num-samples", type=number(int, 1), default=count, help="sequences for each NFE")
-    group.add_argument("--batch-size", type=number(int, 1), default=64, help="sequences at once; changes no sample")
+    group.add_argument("--num-samples", type=number(int, 1), default=count, metavar="N", help="sequences for each NFE")
+    group.add_argument("--batch-size", type=number(int, 1), default=64, metavar="N", help="sequences at once; changes no sample")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise")
     group.add_argument("--sampler", choices=["flow-map", "euler"], help="default: flow-map after distill.py, euler for a stage-1 checkpoint")
     group.add_argument("--position-lag", type=number(float, 0, 10), metavar="W", help="earlier positions first (38); default: as trained")
@@ -355,6 +355,8 @@ def prompted(args, checkpoint):
                         f"trained with train_diagonal.py --context {need}")  # fmt: skip
     if args.guidance != 1 and not checkpoint["args"]["context_dropout"]:
         raise UserError(f"{args.checkpoint} never saw a block without its context; --guidance needs one trained with --context-dropout above 0")
+    if args.guidance != 1 and checkpoint["args"].get("guidance", 1) != 1:
+        raise UserError(f"{args.checkpoint} was distilled with --guidance {checkpoint['args']['guidance']:g} already; leave --guidance out")
     return infilled(args, checkpoint["meta"]) if need == "scatter" else continued(args, checkpoint)
 
 
@@ -368,7 +370,7 @@ def continued(args, checkpoint):
     meta = checkpoint["meta"]
     L = meta["seq_len"]
     try:
-        text = args.prompt if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").rstrip("\n")
+        text = args.prompt if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-file {args.prompt_file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; name a text file") from None
     tokens, length, size = bos(meta) + encoder(meta)(text), args.length or L, args.block_size or checkpoint["args"]["block_size"] or L
@@ -408,7 +410,7 @@ def infilled(args, meta):
 
 
 def main():
-    parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/owt-esd/checkpoint.pt"), metavar="FILE", help="of either stage")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write samples here; -N before the suffix where several NFE are given")
     parser.add_argument("--watch", action="store_true", help="show the first sequence of a batch at each evaluation, coloured by confidence")
@@ -424,8 +426,8 @@ def main():
                        help="weight of the context: 0 ignores it, 1 is plain, above 1 exaggerates; two branches, one batch")  # fmt: skip
     group = parser.add_argument_group("steering")
     group.add_argument("--reward", metavar="M:F", help="function F of module M that scores texts: particles that promise more go on")
-    group.add_argument("--particles", type=number(int, 2), metavar="P", help="for each sample (default: 8)")
-    group.add_argument("--strength", type=number(float, 0, above=True), help="of the reward, in nats a unit (default: 10)")
+    group.add_argument("--particles", type=number(int, 2), default=8, metavar="P", help="for each sample")
+    group.add_argument("--strength", type=number(float, 0, above=True), default=10.0, metavar="W", help="of the reward, in nats a unit")
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
@@ -436,10 +438,9 @@ def main():
         check_output("--output", output, [args.checkpoint, args.prompt_file])
     if args.reward is not None and not args.gamma:
         raise UserError("--reward: without renoising, the copies of a particle stay the same; give --gamma above 0, 0.5 say")
-    if args.reward is None and (args.particles or args.strength):
-        raise UserError("--particles and --strength belong to --reward; give it too, or leave them out")
-    if args.infill is None and args.mask != parser.get_default("mask"):
-        raise UserError(f"--mask {args.mask} stands for a token in --infill; give it too, or leave --mask out")
+    for flag, owner in (("particles", "reward"), ("strength", "reward"), ("mask", "infill")):
+        if getattr(args, owner) is None and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(f"--{flag} {getattr(args, flag)} belongs to --{owner}; give it too, or leave --{flag} out")
     if args.watch and args.guidance != 1:
         raise UserError("--watch shows what one network expects and --guidance mixes two; leave out one of them")
     reward = load_reward(args.reward) if args.reward is not None else None
@@ -447,7 +448,7 @@ def main():
     meta = checkpoint["meta"]
     decode(meta, [0])  # a missing tokenizer shows before the work, not after
     write = prompted(args, checkpoint)
-    steer = (reward, functools.partial(decode, meta), args.particles or 8, args.strength or 10.0) if reward else None
+    steer = (reward, functools.partial(decode, meta), args.particles, args.strength) if reward else None
     for nfe, output in zip(args.nfe, outputs, strict=True):
         watch = watcher(model, meta, nfe) if args.watch else None
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype, watch, write, steer,

@@ -28,6 +28,7 @@ from model import (
     Divergence,
     Draw,
     GeluLinear,
+    Interpolant,
     ModelConfig,
     argmax_accuracy,
     attention,
@@ -1394,3 +1395,88 @@ def test_gelu_linear(bf16):
         results.append([out, *torch.autograd.grad(out.float().sin().sum() if bf16 else out.sin().sum(), (x, w, b))])
     assert all(a.dtype == c.dtype for a, c in zip(*results, strict=True))
     assert all(torch.allclose(a, c, atol=0.02 if bf16 else 1e-12, rtol=0.02 if bf16 else 1e-9) for a, c in zip(*results, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# What a newcomer changes: a path, a loss, a network, each in one place. README.md counts these lines.
+
+QUADRATIC = dict(
+    alpha=lambda t: 1 - t**2,
+    beta=lambda t: t,
+    d_alpha=lambda t: -2 * t,
+    d_beta=lambda t: torch.ones_like(t),
+    delta=lambda s, t: (t - s) * (1 + s * t),
+    time_of=lambda b: 2 * b / (1 - b + torch.sqrt((1 - b) ** 2 + 4 * b**2)),
+)
+
+
+def instantaneous(model, teacher, y, jump, args):
+    """A loss that stays where it is: psi_st = psi_ss."""
+    with torch.no_grad():
+        h_ss = teacher(y, jump.s, jump.s).flatten(0, 1)
+    return model(y, jump.s, jump.t), Divergence(distill.kl(distill.instantaneous), (h_ss,), (distill.lowered(teacher.head),))
+
+
+class Mixer(torch.nn.Module):
+    """A block without attention; its tangent is PyTorch's own forward mode."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.across = torch.nn.Linear(config.seq_len, config.seq_len)
+        self.along = torch.nn.Linear(config.width, config.width)
+        self.modulation = torch.nn.Linear(config.time_width, config.width)
+
+    def mix(self, h, time):
+        return h + self.across((self.along(h) * self.modulation(time)).tanh().mT).mT
+
+    def forward(self, h, time, cos, sin, dh=None, dtime=None, before=None, causal=False, seen=None):
+        if dh is None:
+            return self.mix(h, time)
+        h, dh = torch.func.jvp(self.mix, (h, time), (dh, dtime))
+        return h, dh.detach()
+
+
+def test_a_new_path(monkeypatch):
+    """One entry of INTERPOLANTS serves: its Wronskian form, the semigroup on its oracle, and a model's schedule."""
+    monkeypatch.setitem(INTERPOLANTS, "quadratic", Interpolant(**QUADRATIC))
+    path, (s, u, t) = INTERPOLANTS["quadratic"], torch.tensor([[0.1], [0.35], [0.8]], dtype=torch.float64)
+    assert torch.allclose(path.delta(s, t), path.alpha(s) * path.beta(t) - path.alpha(t) * path.beta(s))
+    b = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.allclose(path.beta(path.time_of(b)) * (1 - b), path.alpha(path.time_of(b)) * b)
+    oracle, x = Oracle("quadratic"), torch.randn(3, L, V, dtype=torch.float64)
+    (s, u, t), omega = (time.expand(3, 1) for time in (s, u, t)), path.omega(s, u, t)
+    psi_su, psi_st = oracle.psi(x, s, u), oracle.psi(x, s, t)
+    two = omega[..., None] * psi_su + (1 - omega[..., None]) * oracle.psi(path.flow_map(x, psi_su, s, u), u, t)
+    assert (two - psi_st).abs().max() < 1e-7
+    assert small_model(interpolant="quadratic").times(torch.rand(4, 1, dtype=torch.float64)).max() < 1
+
+
+def test_a_new_loss(monkeypatch):
+    """One entry of TEACHERS serves: the command line knows it, and the objective learns it."""
+    monkeypatch.setitem(distill.TEACHERS, "instantaneous", instantaneous)
+    torch.manual_seed(0)
+    teacher = DiT(ModelConfig(3, 2, 2, 64, 2))
+    model = copy.deepcopy(teacher)
+    model.embedding.requires_grad_(False)
+    torch.nn.init.normal_(teacher.head)
+    args = distillation_args("instantaneous")
+    objective = distill.distillation(args, teacher)
+    kls = []
+    for steps in (1, 60):
+        learn(model, objective, steps, 3e-3)
+        draw = Draw(7, 0, np.arange(256), "cpu")
+        kls.append(float(objective(model, PAIRS[torch.arange(256) % 3], draw)[1]["consistency_kl"]))
+    assert kls[1] < kls[0] / 2
+
+
+def test_a_new_network(monkeypatch):
+    """One class in Block's place serves, its tangent included: D_s against central differences, a step of ESD, its FLOPs."""
+    monkeypatch.setattr("model.Block", Mixer)
+    test_forward_mode_derivative("linear", False)
+    model = small_model().float()
+    model.embedding.requires_grad_(False)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    objective = distill.distillation(distillation_args("esd"), copy.deepcopy(model))
+    grads, _ = train_diagonal.gradients(learned, objective, model, [(torch.randint(7, (8, 5)), Draw(0, 0, np.arange(8), "cpu"))], False)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert train_diagonal.flops_per_row(model, 5) > 0

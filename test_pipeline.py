@@ -834,14 +834,15 @@ def test_prompts(conditional, tmp_path):
         return np.load(tmp_path / "x.npy")
 
     start = prepare_data.encoder(meta)("some farmers near")
-    (tmp_path / "prompt.txt").write_text("some farmers near\n")
+    (tmp_path / "prompt.txt").write_text("some farmers near\n", encoding="utf-8-sig")  # as some editors save it
     plain = written("any", "--prompt", "some farmers near")
     assert plain.shape == (3, meta["seq_len"])
     assert (plain[:, :3] == start).all()
     assert np.array_equal(plain, written("any", "--prompt-file", tmp_path / "prompt.txt", "--batch-size", 2))
-    blocks = written("guided", "--prompt", "some farmers near", "--block-size", 2, "--guidance", "2", "--length", 14)
+    blocks = written("any", "--prompt", "some farmers near", "--block-size", 2, "--guidance", "2", "--length", 14)
     assert blocks.shape == (3, 14)
     assert (blocks[:, :3] == start).all()
+    assert written("guided", "--prompt", "some farmers near").shape == (3, meta["seq_len"])
     infilled = written("scatter", "--infill", "some [MASK] near the [MASK] read")
     assert (infilled[:, [0, 2, 3, 5]] == prepare_data.encoder(meta)("some near the read")).all()
     lagging = written("any", "--prompt", "some farmers near", "--position-lag", "2")
@@ -1346,6 +1347,9 @@ BAD = [
     (train_diagonal, ["--data", "grammar", "--context", "block"], "--block-size"),
     (train_diagonal, ["--data", "grammar", "--context", "block", "--block-size", "3"], "divides"),
     (train_diagonal, ["--data", "grammar", "--block-size", "5"], "--context"),
+    (train_diagonal, ["--data", "grammar", "--context-dropout", "0.5"], "--context"),
+    (train_diagonal, ["--data", "grammar", "--context", "block", "--block-size", "10"], "whole row"),
+    (sample, ["--checkpoint", "guided/checkpoint.pt", "--prompt", "some", "--guidance", "2"], "already"),
     (train_diagonal, ["--data", "grammar", "--context", "scatter", "--block-size", "5"], "scatter"),
     (train_diagonal, ["--data", "grammar", "--context", "any", "--schedule", "calibrated"], "whole rows"),
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--nfe", "1", "2", "--output", "trained/taken.npy"], "taken-2.npy: it is a folder"),
@@ -1424,7 +1428,8 @@ def bad(work, conditional, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(work / "data/grammar", folder / "grammar")
     shutil.copytree(work / "runs/grammar-diagonal", folder / "trained")
-    shutil.copytree(work / "runs/any", folder / "any")
+    for run in ("any", "guided"):
+        shutil.copytree(work / f"runs/{run}", folder / run)
     shutil.copytree(folder / "grammar", folder / "cut")
     with open(folder / "cut/train.bin", "r+b") as file:
         file.truncate(1001)

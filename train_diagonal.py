@@ -467,6 +467,8 @@ class Log:
         self.file = open(args.out / "log.jsonl", "a" if args.resume else "w") if rank == 0 else None  # noqa: SIM115 (closed in close)
         self.bar = tqdm(initial=start, total=args.steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
         self.means, self.clock, self.steps, self.first = Means(self.device, means, rank, self.world), time.perf_counter(), 0, None
+        where = f"{self.world} x {self.device.type}, {args.dtype}{', compiled' if args.compile else ''}"
+        self.say(f"{args.out}: steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens, on {where}")
 
     def step(self, done, scalars, lr, extra, last):
         self.bar.update()
@@ -475,29 +477,44 @@ class Log:
         if self.first is None:  # torch.compile is in it: told apart, so that it spoils no speed
             self.first = {"first_step_seconds": time.perf_counter() - self.clock}
             self.clock, self.steps = time.perf_counter(), 0
+        elif self.first and self.steps == 1:  # an estimate before long work
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.say(self.left(done, self.seconds()))
         if not (extra or last or done % self.args.log_every == 0):
             return
-        line = {"step": done} | self.means.read(self.args.skip_limit) | {"lr": lr} | self.speed() | self.first | extra
+        line = {"step": done} | self.means.read(self.args.skip_limit) | {"lr": lr} | self.speed(self.seconds()) | self.first | extra
         self.means.clear()
         self.clock, self.steps, self.first = time.perf_counter(), 0, {}
         if self.file:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             shown = {k: v for k, v in line.items() if k.startswith(("diagonal", "consistency", "clamped", "val_", "tokens")) and "_q" not in k}
-            text = f"step {done:,}/{self.args.steps:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
-            self.say(text)
+            numbers = "  ".join(f"{k} {v:,.4g}" for k, v in shown.items())
+            left = "" if last else "  " + self.left(done, line["seconds_per_step"])
+            self.say(f"step {done:,}/{self.args.steps:,}  {numbers}{left}")
 
     def say(self, text):
         """A line on the terminal, above the bar, from rank 0."""
         if self.file:
             tqdm.write(text) if not self.bar.disable else print(text, flush=True)
 
-    def speed(self):
-        seconds = (time.perf_counter() - self.clock) / self.steps if self.steps else self.first["first_step_seconds"]
+    def seconds(self):
+        """A step's, the mean since the last line."""
+        return (time.perf_counter() - self.clock) / self.steps if self.steps else self.first["first_step_seconds"]
+
+    def left(self, done, seconds):
+        """How long the rest takes at so many seconds a step, in words."""
+        rest = (self.args.steps - done) * seconds
+        size, unit = next((size, unit) for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")) if rest >= 2 * size or size == 1)
+        return f"{rest / size:,.0f} {unit} left"
+
+    def speed(self, seconds):
         rows = self.args.batch_size / seconds
         peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda" and k in torch.cuda.get_device_name()), None)
         cuda = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         out = {"seconds_per_step": seconds, "tokens_per_second": rows * self.seq_len, "peak_memory_gb": memory / 1e9}
         if peak and not self.args.context:  # blocks and contexts cost otherwise than whole rows
             out["mfu"] = rows * self.flops / (peak * self.world)
@@ -515,7 +532,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  #
 def flops_per_row(model, L):
     """FLOPs of one forward pass over one row: 2 per weight that multiplies a token, and attention's 4 L D per token."""
     config = model.config
-    matmul = sum(p.numel() for block in model.blocks for p in (block.qkv.weight, block.out.weight, block.mlp[0].weight, block.mlp[2].weight))
+    matmul = sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "modulation" not in name)  # which a row has once
     return L * (2 * (matmul + model.head.numel()) + 4 * config.layers * L * config.width)
 
 
@@ -689,27 +706,28 @@ def training_flags(parser, steps):
     group = parser.add_argument_group("training")
     group.add_argument("--data", type=Path, default=Path("data/owt"), metavar="DIR", help="data set made by prepare_data.py")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: runs/DATA-STAGE)")
-    group.add_argument(
-        "--steps", type=number(int, 1), default=steps, help="optimizer steps (default: 1,000,000 of stage 1 or --joint, 100,000 of stage 2)"
-    )
-    group.add_argument("--batch-size", type=number(int, 1, 1 << 20), default=512, help="rows a step, over all ranks")
-    group.add_argument("--micro-batch", type=number(int, 1, 1 << 20), help="rows a rank takes at once (default: at most 64)")
+    group.add_argument("--steps", type=number(int, 1), default=steps, metavar="N",
+                       help="optimizer steps (default: 1,000,000 of stage 1 or --joint, 100,000 of stage 2)")  # fmt: skip
+    group.add_argument("--batch-size", type=number(int, 1, 1 << 20), default=512, metavar="ROWS", help="rows a step, over all ranks")
+    group.add_argument("--micro-batch", type=number(int, 1, 1 << 20), metavar="ROWS", help="rows a rank takes at once (default: at most 64)")
     group.add_argument("--lr", type=number(float, 0, above=True), default=3e-4, help="learning rate of Adam")
-    group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up of the learning rate")
-    group.add_argument("--cooldown", type=number(int, 0), default=0, help="last steps, over which it falls linearly to 0; constant between")
-    group.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's second decay")
-    group.add_argument("--clip", type=number(float, 0, above=True), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay a step of the averaged weights")
+    group.add_argument("--warmup", type=number(int, 0), default=2500, metavar="STEPS", help="steps of linear warm-up of the learning rate")
+    group.add_argument(
+        "--cooldown", type=number(int, 0), default=0, metavar="STEPS", help="last steps, over which it falls linearly to 0; constant between"
+    )
+    group.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.999, metavar="B", help="Adam's second decay")
+    group.add_argument("--clip", type=number(float, 0, above=True), default=1.0, metavar="NORM", help="largest norm of the gradient")
+    group.add_argument("--ema", type=number(float, 0, 1), default=0.9999, metavar="DECAY", help="decay a step of the averaged weights")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, row order, times and noise")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group.add_argument("--config", type=Path, metavar="FILE", help="take flags from a run's config.json; flags given here win")
     group.add_argument("--diagonal-power", type=number(float, 0, 1), default=0.5, metavar="R",
                        help="exponent r of the diagonal's adaptive weight (45); 0 is the plain cross-entropy")  # fmt: skip
     group = parser.add_argument_group("logging")
-    group.add_argument("--log-every", type=number(int, 1), default=100, help="steps between lines of log.jsonl")
-    group.add_argument("--val-every", type=number(int, 1), default=5000, help="steps between validations")
-    group.add_argument("--val-batches", type=number(int, 1), default=2, help="batches of --batch-size rows a validation")
-    group.add_argument("--save-every", type=number(int, 1), default=5000, help="steps between checkpoints")
+    group.add_argument("--log-every", type=number(int, 1), default=100, metavar="STEPS", help="steps between lines of log.jsonl")
+    group.add_argument("--val-every", type=number(int, 1), default=5000, metavar="STEPS", help="steps between validations")
+    group.add_argument("--val-batches", type=number(int, 1), default=2, metavar="N", help="batches of --batch-size rows a validation")
+    group.add_argument("--save-every", type=number(int, 1), default=5000, metavar="STEPS", help="steps between checkpoints")
     group.add_argument("--keep", type=number(int, 1), default=2, metavar="N", help="checkpoints kept, the newest ones")
     group.add_argument("--skip-limit", type=number(int, 0), default=10, metavar="N",
                        help="steps in a row whose gradient may be not finite, and which change nothing, before the run stops")  # fmt: skip
@@ -760,18 +778,23 @@ def replay(parser, path):
     return argv
 
 
+CONTEXT_DROPOUT = 0.1
+
+
 def context_flags(parser):
     """The flags of conditional training, in both stages."""
     group = parser.add_argument_group("prompts")
     group.add_argument("--context", choices=["block", "any", "scatter"],
                        help="learn a block given a clean context: whole blocks before it, any number of tokens, or any positions")  # fmt: skip
     group.add_argument("--block-size", type=number(int, 1), metavar="K", help="tokens that are written at once (default: all after the context)")
-    group.add_argument("--context-dropout", type=number(float, 0, 1), default=0.1, metavar="P",
+    group.add_argument("--context-dropout", type=number(float, 0, 1), default=CONTEXT_DROPOUT, metavar="P",
                        help="share of the rows that learn their block without the context, for guidance")  # fmt: skip
 
 
 def check_context(args, seq_len):
     """UserError for flags of `context_flags` that contradict each other or the data."""
+    if args.context_dropout != CONTEXT_DROPOUT and not args.context:
+        raise UserError(f"--context-dropout {args.context_dropout} is of rows with a context; give --context too, or leave it out")
     if args.context and args.schedule == "calibrated":
         raise UserError("--schedule calibrated measures the loss of whole rows, without a context; leave out one of the two")
     if args.block_size and not args.context:
@@ -782,6 +805,8 @@ def check_context(args, seq_len):
         raise UserError(f"--context block needs a --block-size that divides the {seq_len} tokens of a row, got {args.block_size}")
     if (args.block_size or 1) > seq_len:
         raise UserError(f"--block-size {args.block_size} is longer than the {seq_len} tokens of a row")
+    if args.context == "block" and args.block_size == seq_len:
+        raise UserError(f"--block-size {args.block_size} is the whole row, before which there is no context; give one that divides it")
 
 
 def model_flags(parser):
@@ -790,7 +815,9 @@ def model_flags(parser):
     group.add_argument("--size", choices=list(SIZES), default="base", help="base is the paper's 170M, tiny is for a CPU")
     group.add_argument("--schedule", choices=SCHEDULES, default="argmax",
                        help="law of the times (36); calibrated: by the loss, measured each --val-every steps, so that it falls linearly")  # fmt: skip
-    group.add_argument("--schedule-blend", type=number(float, 0, 1), default=0.9, help="lambda of the argmax and the calibrated schedule")
+    group.add_argument(
+        "--schedule-blend", type=number(float, 0, 1), default=0.9, metavar="LAMBDA", help="lambda of the argmax and the calibrated schedule"
+    )
     group.add_argument("--position-lag", type=number(float, 0, 10), default=0.0, metavar="W",
                        help="earlier positions first (38): the last one's odds of progress are exp(-W) of the first one's")  # fmt: skip
     group.add_argument("--interpolant", choices=list(INTERPOLANTS), default="linear", help="path between noise and data (47)")
@@ -804,7 +831,7 @@ def new_model(args, meta):
 
 
 def main():
-    parser = Parser(prog="train_diagonal.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="train_diagonal.py", description=__doc__)
     training_flags(parser, steps=1_000_000)
     context_flags(parser)
     model_flags(parser)

@@ -343,7 +343,7 @@ PARTS = {part.__name__: part for part in (steps, sampling, memory, fit)}
 
 
 def main():
-    parser = Parser(prog="benchmark.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="benchmark.py", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help="of the steps, these")
     parser.add_argument("--size", choices=list(SIZES), default="base")

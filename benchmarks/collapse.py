@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import distill
 from evaluate import table
-from model import Draw, load_model
+from model import Draw, entropy, load_model
 from prepare_data import Parser, number, read_meta, read_rows, run
 
 
@@ -37,12 +37,12 @@ def integrated(diagonal, y, s, t, steps):
     return mean
 
 
-def entropy(p):
-    return float(torch.special.entr(p).sum(-1).mean())
+def mean(values):
+    return float(values.mean())
 
 
 def main():
-    parser = Parser(prog="collapse.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="collapse.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="of stage 2")
     parser.add_argument("--diagonal", type=Path, required=True, metavar="FILE", help="the stage 1 that it started from")
     parser.add_argument("--loss", choices=list(distill.TEACHERS), help="whose teacher to look at (default: the checkpoint's)")
@@ -68,10 +68,10 @@ def main():
                 report, g = divergence.function((z := h.flatten(0, 1) @ model.head.T), *divergence.by_row, *divergence.shared)
                 psi = z.softmax(-1)
                 truth = integrated(diagonal, y, start, end, args.steps).flatten(0, 1)
-                kl = (torch.xlogy(truth, truth) - truth * z.log_softmax(-1)).sum(-1).mean()
-            row = {"s": start, "t": end, "truth": entropy(truth), "teacher": entropy((psi - g).clamp(min=0)), "map": entropy(psi),
-                   "clamped": float(report["clamped"].mean()) if "clamped" in report else None,
-                   "KL teacher, map": float(report["loss"].mean()), "KL truth, map": float(kl)}  # fmt: skip
+                kl = -entropy(truth) - (truth * z.log_softmax(-1)).sum(-1)
+            row = {"s": start, "t": end, "truth": mean(entropy(truth)), "teacher": mean(entropy((psi - g).clamp(min=0))), "map": mean(entropy(psi)),
+                   "clamped": mean(report["clamped"]) if "clamped" in report else None,
+                   "KL teacher, map": mean(report["loss"]), "KL truth, map": mean(kl)}  # fmt: skip
             rows.append(row)
     print(f"{loss}: entropies of psi_st, and divergences")
     print(table(rows))

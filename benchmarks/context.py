@@ -41,7 +41,7 @@ def blocks(model, contexts, length, nfe, omega, euler, seed, batch_size=256):
 
 
 def main():
-    parser = Parser(prog="context.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="context.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="of a model trained with --context")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set with the contexts (default: the one trained on)")
     parser.add_argument("--judge", required=True, metavar="NAME", help="causal LM: a hub name or a folder")

@@ -34,7 +34,7 @@ def read_log(folder):
 
 
 def main():
-    parser = Parser(prog="curves.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="curves.py", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--keys", nargs="+", metavar="KEY", help="what to draw (default: every loss: diagonal_ce, consistency_kl, ...)")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), metavar="FILE", help="PNG (default: loss.png)")

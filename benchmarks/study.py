@@ -70,7 +70,7 @@ STUDIES = {
         "both": "--dtype bfloat16 --batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
         "stage1": "--size tiny --steps 1000 --warmup 100 --cooldown 900 --lr 2e-3",
         "stage2": "--steps 200 --warmup 50 --cooldown 150 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--dtype bfloat16 --nfe 1 2 4 8 32 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-bpe --judge-batch 64",
+        "evaluate": "--dtype bfloat16 --nfe 1 2 4 8 32 --batch-size 256 --num-samples 128 --bleu-samples 0 --judge runs/judge-bpe --judge-batch 64",
         "scores": ["gen_ppl", "entropy", "distinct_4"],
     },
 }
@@ -83,7 +83,7 @@ def spread(values):
 
 
 def main():
-    parser = Parser(prog="study.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="study.py", description=__doc__)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=[*STAGE1, *STAGE2], metavar="RUN", help="these runs, by name: " + "; ".join([*STAGE1, *STAGE2]))

@@ -37,7 +37,7 @@ def stream(tokenizer, texts):
 
 
 def main():
-    parser = Parser(prog="train_judge.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="train_judge.py", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/owt"), metavar="DIR", help="data set to read")
     parser.add_argument("--out", type=Path, default=Path("runs/judge"), metavar="DIR", help="folder to write")
     parser.add_argument("--rows", type=number(int, 2), default=200_000, help="training rows to read at most")
