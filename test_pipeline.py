@@ -979,7 +979,15 @@ def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
     assert "--resume" in asked[0]
     assert checkpoint(out / "checkpoint.pt")["step"] == 3
     assert re.search(r"\| *psd \| *1 \| *grammatical \|", capsys.readouterr().out)
-    assert [run["run"] for run in json.loads((tmp_path / "runs/study/grammar/study.json").read_text())] == ["diagonal", "psd"]
+    found = study.gather(short, tmp_path / "runs/study/grammar")
+    assert [(run["run"], run["bound"] is None) for run in found] == [("diagonal", False), ("psd", True)]
+    worse = found[1] | {"run": "esd", "scores": {n: row | {"grammatical": row["grammatical"] - 0.25} for n, row in found[1]["scores"].items()}}
+    (beside,) = [row for row in study.compare(short, [*found, worse]) if row["score"] == "grammatical - psd"]
+    assert beside["1 NFE"] == beside["2 NFE"] == "-0.250 (-0.250 to -0.250)"
+    monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--table", "--plot", str(tmp_path / "study.png")])
+    study.main()
+    assert len(asked) == 4
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_curves(work, tmp_path, capsys, monkeypatch):

@@ -68,7 +68,7 @@ def main():
                 report, g = divergence.function((z := h.flatten(0, 1) @ model.head.T), *divergence.by_row, *divergence.shared)
                 psi = z.softmax(-1)
                 truth = integrated(diagonal, y, start, end, args.steps).flatten(0, 1)
-                kl = -entropy(truth) - (truth * z.log_softmax(-1)).sum(-1)
+                kl = (torch.xlogy(truth, truth) - truth * z.log_softmax(-1)).sum(-1)
             row = {"s": start, "t": end, "truth": mean(entropy(truth)), "teacher": mean(entropy((psi - g).clamp(min=0))), "map": mean(entropy(psi)),
                    "clamped": mean(report["clamped"]) if "clamped" in report else None,
                    "KL teacher, map": mean(report["loss"]), "KL truth, map": mean(kl)}  # fmt: skip

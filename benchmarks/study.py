@@ -2,11 +2,11 @@
 
     python benchmarks/study.py grammar                                   # hours on a CPU; what is there already is not done again
     python benchmarks/study.py grammar --seeds 0 1 2 --only psd esd
-    python benchmarks/study.py grammar --table                           # of what is there
+    python benchmarks/study.py grammar --table --folder results/study    # of what is there, here of what is recorded
 
 Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
 and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than PSD from the same
-stage 1, since seeds of stage 1 differ more than losses do. study.json, beside the runs, has the flags and every number.
+stage 1, since seeds of stage 1 differ more than losses do. Flags and numbers are in the runs' own config.json and evaluation.json.
 """
 
 import json
@@ -16,9 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluate import table
+from evaluate import load_pyplot, table
 from model import read_checkpoint
 from prepare_data import Parser, UserError, number, run
+from sample import check_output
 
 ROOT = Path(__file__).parent.parent
 PLAIN = "--no-learned-weight --consistency-power 0"
@@ -77,19 +78,14 @@ STUDIES = {
 
 
 def spread(values):
-    """{nfe: number or None} of each seed -> {"N NFE": "mean (smallest-largest)"}."""
+    """[{nfe: number or None} of each seed] -> {"N NFE": "mean (smallest to largest)"}."""
     seen = {nfe: [v[nfe] for v in values if v[nfe] is not None] for nfe in (values[0] if values else {})}
-    return {f"{nfe} NFE": f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else None for nfe, v in seen.items()}
+    show = lambda x: f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"  # noqa: E731
+    return {f"{nfe} NFE": f"{show(sum(v) / len(v))} ({show(min(v))} to {show(max(v))})" if v else None for nfe, v in seen.items()}
 
 
-def main():
-    parser = Parser(prog="study.py", description=__doc__)
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=[*STAGE1, *STAGE2], metavar="RUN", help="these runs, by name: " + "; ".join([*STAGE1, *STAGE2]))
-    parser.add_argument("--table", action="store_true", help="train nothing, print the table")
-    args = parser.parse_args()
-    study, folder = STUDIES[args.study], Path("runs/study") / args.study
+def train_and_evaluate(study, folder, seed, names):
+    """Every run of one seed that is not evaluated yet, each in a program of its own."""
 
     def program(name, *flags):
         result = subprocess.run([sys.executable, str(ROOT / name), *" ".join(map(str, flags)).split()])
@@ -103,40 +99,96 @@ def main():
         if not there or checkpoint["step"] < checkpoint["args"]["steps"]:
             program(name, *flags, "--resume" * there)
 
-    for seed in [] if args.table else args.seeds:
-        stage1 = folder / str(seed) / "diagonal"
-        for name in dict.fromkeys(["diagonal", *(args.only or [*STAGE1, *STAGE2])]):
-            out = folder / str(seed) / name
-            common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
-            if (out / "evaluation.json").exists():
-                continue
-            if name in STAGE1:
-                train("train_diagonal.py", out, common, study["stage1"], STAGE1[name])
-            else:
-                train("distill.py", out, common, study["stage2"], f"--checkpoint {stage1}/checkpoint.pt", STAGE2[name])
-            bound = "--bound 64" if name in STAGE1 else ""
-            program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed} {bound}", study["evaluate"])
+    for name in names:
+        out = folder / name
+        common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
+        if (out / "evaluation.json").exists():
+            continue
+        if name in STAGE1:
+            train("train_diagonal.py", out, common, study["stage1"], STAGE1[name])
+        else:
+            train("distill.py", out, common, study["stage2"], f"--checkpoint {folder}/diagonal/checkpoint.pt", STAGE2[name])
+        bound = "--bound 64" if name in STAGE1 else ""
+        program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed} {bound}", study["evaluate"])
 
+
+def gather(study, folder):
+    """[{run, seed, flags, scores {nfe: {score: value}}, bound (nats a token, its standard error) or None}] of all that is evaluated."""
     found = []
     for path in sorted(folder.glob("*/*/evaluation.json")):
-        flags = json.loads((path.parent / "config.json").read_text())["flags"]
-        scores = {row["nfe"]: {score: row[score] for score in study["scores"]} for row in json.loads(path.read_text())["results"] if row["nfe"]}
-        found.append({"run": path.parent.name, "seed": int(path.parent.parent.name), "flags": flags, "scores": scores})
+        flags, evaluation = (json.loads(p.read_text()) for p in (path.parent / "config.json", path))
+        scores = {row["nfe"]: {score: row[score] for score in study["scores"]} for row in evaluation["results"] if row["nfe"]}
+        bound = next(((line["nats_a_token"], line["standard_error"]) for line in evaluation["bound"]), None)
+        run = {"run": path.parent.name, "seed": int(path.parent.parent.name), "flags": flags["flags"], "scores": scores, "bound": bound}
+        found.append(run)
+    return found
+
+
+def compare(study, found):
+    """The table's rows: each score of each run over seeds, and the first one beside the baseline's of the same seed.
+
+    The baseline of stage 2 is PSD, of stage 1 the paper's schedule. A share grammatical is compared by its difference, a perplexity by its ratio.
+    """
+    first, rows = study["scores"][0], []
+    sign, beside = ("/", lambda a, b: a / b) if first == "gen_ppl" else ("-", lambda a, b: a - b)
+    for name in dict.fromkeys([*STAGE1, *STAGE2]):
+        runs = {run["seed"]: run for run in found if run["run"] == name}
+        for score in study["scores"] if runs else []:
+            values = [{nfe: row[score] for nfe, row in run["scores"].items()} for run in runs.values()]
+            rows.append({"run": name, "seeds": len(values), "score": score} | spread(values))
+        baseline = "diagonal" if name in STAGE1 else "psd"
+        pairs = [
+            (run["scores"], other["scores"]) for run in runs.values() for other in found if (other["run"], other["seed"]) == (baseline, run["seed"])
+        ]
+        if name != baseline and pairs:
+            values = [{nfe: beside(a[nfe][first], b[nfe][first]) for nfe in a if None not in (a[nfe][first], b[nfe][first])} for a, b in pairs]
+            rows.append({"run": name, "seeds": len(values), "score": f"{first} {sign} {baseline}"} | spread(values))
+        bounds = [run["bound"][0] for run in runs.values() if run["bound"]]
+        if bounds:
+            rows.append({"run": name, "seeds": len(bounds), "score": "bound, nats a token"} | {"all NFE": spread([{0: b} for b in bounds])["0 NFE"]})
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(columns) | row for row in rows]
+
+
+def draw(study, found, path):
+    """The first score against NFE: a line a run, the mean over seeds, with a band from the smallest to the largest."""
+    pyplot, first = load_pyplot(), study["scores"][0]
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    for name in dict.fromkeys([*STAGE1, *STAGE2]):
+        runs = [run["scores"] for run in found if run["run"] == name]
+        if runs:
+            nfe = sorted(runs[0])
+            values = [[scores[n][first] for scores in runs] for n in nfe]
+            (line,) = axes.plot(nfe, [sum(v) / len(v) for v in values], "--" if name in STAGE1 else "-", marker=".", label=name)
+            axes.fill_between(nfe, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="network evaluations", ylabel=first.replace("_", " "), yscale="log" if first == "gen_ppl" else "linear")
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def main():
+    parser = Parser(prog="study.py", description=__doc__)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
+    every = [*STAGE1, *STAGE2]
+    parser.add_argument("--only", nargs="+", choices=every, metavar="RUN", help="these runs, by name: " + "; ".join(every))
+    parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="of all studies")
+    parser.add_argument("--table", action="store_true", help="train nothing, print the table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, as PNG")
+    args = parser.parse_args()
+    check_output("--plot", args.plot, [])
+    study, folder = STUDIES[args.study], args.folder / args.study
+    for seed in [] if args.table else args.seeds:
+        train_and_evaluate(study, folder / str(seed), seed, dict.fromkeys(["diagonal", *(args.only or every)]))
+    found = gather(study, folder)
     if not found:
         raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
-    by_run = {(run["run"], run["seed"]): run["scores"] for run in found}
-    rows = []
-    for name in (*STAGE1, *STAGE2):
-        runs = {seed: scores for (run, seed), scores in by_run.items() if run == name}
-        for score in study["scores"] if runs else []:
-            values = [{nfe: row[score] for nfe, row in scores.items()} for scores in runs.values()]
-            rows.append({"run": name, "seeds": len(values), "score": score} | spread(values))
-            if score == study["scores"][0] and name not in ("diagonal", "psd"):
-                pairs = [(scores, by_run["psd", seed]) for seed, scores in runs.items() if ("psd", seed) in by_run]
-                values = [{nfe: a[nfe][score] - b[nfe][score] for nfe in a} for a, b in pairs]
-                rows.append({"run": name, "seeds": len(values), "score": f"{score} - psd"} | spread(values))
-    print(table(rows))
-    (folder / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(table(compare(study, found)))
+    if args.plot:
+        draw(study, found, args.plot)
+        print(f"drawn to {args.plot}")
 
 
 if __name__ == "__main__":
