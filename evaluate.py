@@ -528,6 +528,68 @@ def write(path, text):
     os.replace(partial, path)
 
 
+class Scores:
+    """The table as it grows: `results`, a dict a row; `kept`, what a frontier needs of each; `shown`, texts to print."""
+
+    def __init__(self, args, meta, train):
+        self.args, self.meta, self.train = args, meta, train
+        self.results, self.kept, self.shown = [], [], []
+        self.known = {n: None if train is None else np.unique(ngrams(train, n)) for n in args.ngram}
+        self.on_grammar = meta is not None and meta["tokenizer"] == "grammar"
+        if self.on_grammar:
+            return
+        self.judge, self.tokenizer = load_judge(args.judge, args.device, args.judge_dtype)
+        room = getattr(self.judge.config, "max_position_embeddings", None) or math.inf
+        self.length = args.judge_length or (meta["seq_len"] if meta else min(1024, room))
+        if self.length > room:
+            raise UserError(f"--judge {args.judge} reads {room} tokens, and texts are cut at {self.length}; give --judge-length, or another judge")
+        self.cached = args.output.with_name(f"judged-{fingerprint(self.judge)}.json")
+        self.cache = read_cache(self.cached)
+
+    def add(self, model, rows, texts=None, sampler="", nfe=None, seconds=None, swept=None, knobs=None):
+        """Score samples, rows of ids or (where no data set says what ids are) texts: one more row of the table."""
+        args, meta = self.args, self.meta
+        texts = texts or [decode(meta, row) for row in rows]
+        if rows is None:  # no data set says what the tokens are: the judge's
+            rows = [np.array(ids, np.int64) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        seeds = args.seeds if nfe else 1
+        weights, entropy = resamples(seeds, len(rows) // seeds), entropies(rows)
+        result = {"model": model, "sampler": sampler, "nfe": nfe, "swept": swept} | (knobs or dict.fromkeys(NEUTRAL)) | {"samples": len(rows)}
+        if self.on_grammar:
+            grammatical, extra = grammar_scores(rows, self.train)
+            main_score = means(weights, grammatical)
+            result["grammatical"], result["grammatical_interval"] = estimate(main_score)
+        else:
+            nll, counted = judge_scores(texts, self.judge, self.tokenizer, self.length, args.judge_batch, args.judge_bos, self.cache).T
+            write(self.cached, json.dumps(self.cache))
+            main_score, extra = means(weights, nll, counted), {}
+            result["gen_ppl"], result["gen_ppl_interval"] = estimate(np.exp(main_score))
+        result["entropy"], result["entropy_interval"] = estimate(entropy_score := means(weights, entropy))
+        words = [row[row != meta["pad_id"]] for row in rows] if meta and meta["pad_id"] is not None else rows
+        result |= extra
+        for n in args.ngram:
+            result |= diversity(words, n, self.known[n])
+        if args.bleu_samples:
+            result["self_bleu"] = self_bleu(words, args.bleu_samples)
+        result["seconds_per_1000"] = seconds and 1000 * seconds / len(rows)
+        result["tokens_per_second"] = seconds and sum(map(len, rows)) / seconds
+        self.results.append(result)
+        self.kept.append((entropy_score, main_score))
+        self.shown.append(texts[: args.show])
+
+
+def report(scores, frontier, bounds, controls):
+    """The tables and the samples asked for, as Markdown; columns that say nothing are left out."""
+    idle = {name for name in scores.results[0] if all(r[name] is None or r[name] == NEUTRAL.get(name) for r in scores.results)}
+    text = [table(scores.results, without=idle | {"swept", "samples", "entropy_interval"})]
+    text += [table(part, without={"entropies", "scores", "profile"}) for part in (frontier, bounds) if part]
+    for result, texts in zip(scores.results, scores.shown, strict=True):
+        title = result["model"] + (f", {result['nfe']} NFE" if result["nfe"] else "")
+        text += ["\n".join([f"{title}:", *(f"    {one_line(t)}" for t in texts)])] if texts else []
+    text += [] if controls else ["No control rows and no copied n-grams: no data set was named with --data."]
+    return "\n\n".join(text) + "\n"
+
+
 def main():
     args = parse_args()
     pyplot = load_pyplot() if args.plot else None
@@ -537,8 +599,7 @@ def main():
     metas += [read_meta(folder)] if folder else []
     for path, (_, checkpoint) in zip(args.checkpoint or [], loaded, strict=True):
         same_tokens(path, checkpoint["meta"], folder, metas[-1])
-    meta = metas[-1] if metas else None
-    on_grammar = meta is not None and meta["tokenizer"] == "grammar"
+    meta, train, val = metas[-1] if metas else None, None, None
     if meta:
         decode(meta, [0])  # a missing tokenizer shows before the work, not after
         np.empty((args.num_samples, meta["seq_len"]), np.int64)  # and so do more samples than memory holds
@@ -546,52 +607,13 @@ def main():
         train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
         train = train[:: -(-len(train) // args.train_rows)]
     samples = [read_samples(path, meta) for path in args.samples or []]
-    known = {n: np.unique(ngrams(train, n)) if folder else None for n in args.ngram}
-    if not on_grammar:
-        judge, tokenizer = load_judge(args.judge, args.device, args.judge_dtype)
-        room = getattr(judge.config, "max_position_embeddings", None) or math.inf
-        length = args.judge_length or (meta["seq_len"] if meta else min(1024, room))
-        if length > room:
-            raise UserError(f"--judge {args.judge} reads {room} tokens, and texts are cut at {length}; give --judge-length, or another judge")
-        cached = args.output.with_name(f"judged-{fingerprint(judge)}.json")
-        cache = read_cache(cached)
-    results, kept, shown = [], [], []
-
-    def score(model, rows, texts=None, sampler="", nfe=None, seconds=None, swept=None, knobs=None):
-        """Add a row to the table, and what its frontier needs to `kept`."""
-        texts = texts or [decode(meta, row) for row in rows]
-        if rows is None:  # no data set says what the tokens are: the judge's
-            rows = [np.array(ids, np.int64) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        seeds = args.seeds if nfe else 1
-        weights, entropy = resamples(seeds, len(rows) // seeds), entropies(rows)
-        result = {"model": model, "sampler": sampler, "nfe": nfe, "swept": swept} | (knobs or dict.fromkeys(NEUTRAL)) | {"samples": len(rows)}
-        if on_grammar:
-            grammatical, extra = grammar_scores(rows, train)
-            main_score = means(weights, grammatical)
-            result["grammatical"], result["grammatical_interval"] = estimate(main_score)
-        else:
-            nll, counted = judge_scores(texts, judge, tokenizer, length, args.judge_batch, args.judge_bos, cache).T
-            write(cached, json.dumps(cache))
-            main_score, extra = means(weights, nll, counted), {}
-            result["gen_ppl"], result["gen_ppl_interval"] = estimate(np.exp(main_score))
-        result["entropy"], result["entropy_interval"] = estimate(entropy_score := means(weights, entropy))
-        words = [row[row != meta["pad_id"]] for row in rows] if meta and meta["pad_id"] is not None else rows
-        result |= extra
-        for n in args.ngram:
-            result |= diversity(words, n, known[n])
-        if args.bleu_samples:
-            result["self_bleu"] = self_bleu(words, args.bleu_samples)
-        result["seconds_per_1000"] = seconds and 1000 * seconds / len(rows)
-        result["tokens_per_second"] = seconds and sum(map(len, rows)) / seconds
-        results.append(result)
-        kept.append((entropy_score, main_score))
-        shown.append(texts[: args.show])
+    scores = Scores(args, meta, train)
 
     if folder:
         for name, rows in control_rows(meta, train, val, args.num_samples, args.seed).items():
-            score(name, rows)
+            scores.add(name, rows)
     for name, (rows, texts) in zip(unlike(args.samples or [], lambda path: path.name), samples, strict=True):
-        score(name, rows, texts)
+        scores.add(name, rows, texts)
     names = unlike(args.checkpoint or [], lambda path: path.parent.name)
     for name, (model, checkpoint) in zip(names, loaded, strict=True):
         euler = is_euler(args, checkpoint)
@@ -601,29 +623,21 @@ def main():
                 start = time.perf_counter()
                 rows = np.concatenate([draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed + k, euler, args.dtype, **knobs)
                                        for k in range(args.seeds)])  # fmt: skip
-                score(name, rows, None, "euler" if euler else "flow-map", nfe, time.perf_counter() - start, swept, knobs)
-    frontier = [] if not folder else frontiers(results, kept, val, on_grammar)
-    bounds = []
+                scores.add(name, rows, None, "euler" if euler else "flow-map", nfe, time.perf_counter() - start, swept, knobs)
+    frontier, bounds = [] if val is None else frontiers(scores.results, scores.kept, val, scores.on_grammar), []
     if args.bound:
         rows = val[np.sort(np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound])]
         for name, (model, _) in zip(names, loaded, strict=True):
             bounds += bound_rows(name, model, rows, meta, args)
-    idle = {name for name in results[0] if all(r[name] is None or r[name] == NEUTRAL.get(name) for r in results)}
-    text = [table(results, without=idle | {"swept", "samples", "entropy_interval"})]
-    text += [table(part, without={"entropies", "scores", "profile"}) for part in (frontier, bounds) if part]
-    for result, texts in zip(results, shown, strict=True):
-        title = result["model"] + (f", {result['nfe']} NFE" if result["nfe"] else "")
-        text += ["\n".join([f"{title}:", *(f"    {one_line(t)}" for t in texts)])] if texts else []
-    text += [] if folder else ["No control rows and no copied n-grams: no data set was named with --data."]
-    text = "\n\n".join(text) + "\n"
-    print(text)
+
+    print(text := report(scores, frontier, bounds, controls=folder is not None))
     facts = {"flags": vars(args), "torch": torch.__version__, "threads": torch.get_num_threads()}
     facts["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
-    write(args.output, json.dumps({**facts, "results": results, "frontier": frontier, "bound": bounds}, indent=1, default=str) + "\n")
+    write(args.output, json.dumps({**facts, "results": scores.results, "frontier": frontier, "bound": bounds}, indent=1, default=str) + "\n")
     write(args.output.with_suffix(".md"), text)
     print(f"written to {args.output} and {args.output.with_suffix('.md')}")
     if args.plot:
-        plot(pyplot, args.plot, results, frontier, bounds)
+        plot(pyplot, args.plot, scores.results, frontier, bounds)
         print(f"drawn to {args.plot}")
 
 

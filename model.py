@@ -290,7 +290,10 @@ class GeluLinear(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero)."""
+    """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero).
+
+    A network of another kind is another class with this `forward`, whose tangent may be torch.func.jvp's (test_a_new_network).
+    """
 
     def __init__(self, config):
         super().__init__()

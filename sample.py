@@ -418,7 +418,7 @@ def main():
     group.add_argument("--prompt", metavar="TEXT", help="write on from here; of a model trained with --context")
     group.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a text file")
     group.add_argument("--block-size", type=number(int, 1), metavar="K", help="tokens that are written at once (default: as trained)")
-    group.add_argument("--length", type=number(int, 1), metavar="N",
+    group.add_argument("--length", type=number(int, 1, 10**7), metavar="N",
                        help="tokens in all, prompt included (default: the model's L; above it, the window slides)")  # fmt: skip
     group.add_argument("--infill", metavar="TEXT", help="keep this text, write what its masks hide and what follows")
     group.add_argument("--mask", default="[MASK]", metavar="TEXT", help="stands for one token in --infill")

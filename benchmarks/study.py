@@ -24,11 +24,11 @@ from sample import check_output
 ROOT = Path(__file__).parent.parent
 PLAIN = "--no-learned-weight --consistency-power 0"
 # Every run, a folder each: its flags beyond those that all share. Stage 1 by three noise schedules, of which stage 2 starts from
-# the first; calibrated: on the loss measured five times on the way.
+# the first; calibrated: on the loss measured each 500 steps.
 STAGE1 = {
     "diagonal": "",
     "diagonal-linear": "--schedule linear",
-    "diagonal-calibrated": "--schedule calibrated --val-every 200",
+    "diagonal-calibrated": "--schedule calibrated --val-every 500",
 }
 # Stage 2: first the method's losses, each by the target
 # and the weights that served it best, then the peers' recipe, squared distance between probabilities with an adaptive
@@ -64,6 +64,14 @@ STUDIES = {
         "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
         "stage2": "--steps 500 --warmup 100 --cooldown 400 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
         "evaluate": "--nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-stories --judge-batch 64",
+        "scores": ["gen_ppl", "entropy", "distinct_4"],
+    },
+    "words": {
+        "data": "data/words",
+        "both": "--batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
+        "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
+        "stage2": "--steps 500 --warmup 100 --cooldown 400 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
+        "evaluate": "--nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-words --judge-batch 64",
         "scores": ["gen_ppl", "entropy", "distinct_4"],
     },
     "bpe": {
