@@ -132,15 +132,17 @@ def corrected(model, teacher, h, dh, a, b, args):
     forms with the same fixed point (args.target), h and dh (B, L, D), a and b (B, 1 or L):
 
         logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution. For the true map the
-                 log's argument is positive; for a network it need not be, so it is kept above CLAMP (a + |b|),
+                 log's argument is positive; for a network it need not be, so it is kept above args.clamp (a + |b|),
                  and the share of clamped entries is reported.
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, no clamp, and no 0/0 at t = 1. For ESD this
                  is the target damped towards the prediction: q = a psi_ss + (1 - a) psi_st + (t - s) psi_st delta,
                  a = (1 - t)/(1 - s), on the linear path.
     """
     by_row = h.flatten(0, 1), dh.flatten(0, 1), a_row_each(a, h), a_row_each(b, h)
-    divergence = DIVERGENCES[args.divergence](corrected_logits) if args.target == "logit" else signed(residual)
-    return Divergence(divergence, by_row, (lowered(teacher.head), lowered(model.head)))
+    heads = lowered(teacher.head), lowered(model.head)
+    if args.target == "signed":
+        return Divergence(signed(residual), by_row, heads)
+    return Divergence(DIVERGENCES[args.divergence](corrected_logits), by_row, (*heads, args.clamp))
 
 
 def derivatives(z, h, dh, teacher_head, head):
@@ -149,10 +151,10 @@ def derivatives(z, h, dh, teacher_head, head):
     return z_teacher, psi_st, dz.sub_(torch.linalg.vecdot(psi_st, dz)[:, None])
 
 
-def corrected_logits(z, h, dh, a, b, teacher_head, head):
+def corrected_logits(z, h, dh, a, b, teacher_head, head, clamp):
     """The "logit" form of `corrected`: (q, {"clamped": share})."""
     z_teacher, _, delta = derivatives(z, h, dh, teacher_head, head)
-    argument, floor = delta.mul_(b).add_(a), CLAMP * (a + b.abs())
+    argument, floor = delta.mul_(b).add_(a), clamp * (a + b.abs())
     clamped = (argument < floor).sum(-1) / argument.shape[-1]
     return softmax(z_teacher.sub_(argument.clamp_(min=floor).log_())), {"clamped": clamped}
 
@@ -168,10 +170,6 @@ def a_row_each(value, y):
     """Times or coefficients (B, 1 or L) as a column (B L, 1) beside the rows of y (B, L, *)."""
     return value.expand(y.shape[:2]).reshape(-1, 1)
 
-
-# Small, for the truth often is: the Eulerian's argument is psi_ss / psi_st up to a factor, 1e-3 and less for
-# a token that the jump has settled. The clamped share is the best sign of health there is.
-CLAMP = 1e-5
 
 TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 
@@ -286,6 +284,8 @@ def check_flags(parser, args):
         raise UserError(f"--divergence {args.divergence}: a signed target is no distribution, and has none; leave out one of the two")
     if args.loss == "psd" and args.target != "logit":
         raise UserError(f"--target {args.target}: the teacher of psd is a distribution as it is; leave it out")
+    if args.clamp != parser.get_default("clamp") and (args.loss == "psd" or args.target == "signed"):
+        raise UserError(f"--clamp {args.clamp:g} is of LSD's and ESD's logit target, which takes a logarithm; leave it out")
     if args.loss == "psd" and args.teacher:
         raise UserError(f"--teacher {args.teacher}: psd has no instantaneous term, it takes no such teacher; leave it out")
     if args.joint:
@@ -330,6 +330,9 @@ def main():
                        help="who gives LSD and ESD the instantaneous denoiser: stage 1 (the default), the averaged weights, the student")  # fmt: skip
     group.add_argument("--target", choices=["logit", "signed"], default="logit",
                        help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
+    group.add_argument("--clamp", type=number(float, 0, 1, above=True), default=1e-5, metavar="X",
+                       help="floor of what the logit target takes the logarithm of, psi_ss / psi_st up to a factor; it should be small for "
+                       "a rare token that the jump settles: a higher floor is less noise, and more bias to frequent tokens")  # fmt: skip
     group.add_argument(
         "--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, metavar="X", help="share of rows that learn the diagonal"
     )

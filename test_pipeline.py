@@ -1322,6 +1322,7 @@ BAD = [
     (distill, ["--data", "other", "--loss", "psd", "--checkpoint", "trained/checkpoint.pt"], "seq_len"),
     (distill, ["--data", "grammar", "--loss", "psd", "--teacher", "ema"], "--teacher"),
     (distill, ["--data", "grammar", "--loss", "psd", "--target", "signed"], "--target"),
+    (distill, ["--data", "grammar", "--loss", "esd", "--target", "signed", "--clamp", "0.1"], "--clamp"),
     (distill, ["--data", "grammar", "--loss", "esd", "--divergence", "reverse-kl"], "--divergence"),
     (distill, ["--data", "grammar", "--loss", "esd", "--divergence", "square", "--target", "signed"], "--divergence"),
     (distill, ["--data", "grammar", "--loss", "psd", "--psd-share", "0.25"], "--psd-share"),

@@ -74,7 +74,7 @@ def next_token(model, tokens, draw):
 def consistency(loss, teacher, model, tokens, draw):
     """All rows of the step on one identity."""
     args = SimpleNamespace(
-        loss=loss, target="logit", divergence="kl", boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
+        loss=loss, target="logit", divergence="kl", clamp=1e-5, boundary=1 / 32, step_law="uniform", learned_weight=True, consistency_power=0.5
     )
     return distill.consistency(model, teacher or model, tokens, draw, args, loss)
 

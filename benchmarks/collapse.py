@@ -47,6 +47,7 @@ def main():
     parser.add_argument("--diagonal", type=Path, required=True, metavar="FILE", help="the stage 1 that it started from")
     parser.add_argument("--loss", choices=list(distill.TEACHERS), help="whose teacher to look at (default: the checkpoint's)")
     parser.add_argument("--teacher", choices=["frozen", "self"], default="frozen", help="who gives LSD and ESD the instantaneous denoiser")
+    parser.add_argument("--clamp", type=number(float, 0, 1, above=True), default=1e-5, help="see distill.py")
     parser.add_argument("--rows", type=number(int, 1), default=256, help="validation rows")
     parser.add_argument("--steps", type=number(int, 1), default=64, help="Euler steps of the truth")
     parser.add_argument("--start", type=number(float, 0, 0.99), nargs="+", default=[0.0, 0.3, 0.6], metavar="S", help="progress of s")
@@ -62,7 +63,7 @@ def main():
             progress = (torch.full((B, 1), tau, dtype=torch.float64) for tau in (start, (start + end) / 2, end))
             jump = distill.Jump(*(time.float() for time in distill.Jump.between(model, *progress)))
             y = model.interpolate(Draw(0, 0, np.arange(B), "cpu").normal(tokens.shape[1], model.noise_size), tokens, jump.s)
-            options = SimpleNamespace(target="logit", divergence="kl")
+            options = SimpleNamespace(target="logit", divergence="kl", clamp=args.clamp)
             with torch.no_grad():
                 h, divergence = distill.TEACHERS[loss](model, {"frozen": diagonal, "self": model}[args.teacher], y, jump, options)
                 report, g = divergence.function((z := h.flatten(0, 1) @ model.head.T), *divergence.by_row, *divergence.shared)

@@ -47,6 +47,8 @@ STAGE2 = {
     "esd-signed-psd-share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
     "esd-ema-teacher": "--loss esd --teacher ema",
     "esd-self-teacher": "--loss esd --teacher self",
+    "esd-clamp-0.01": "--loss esd --clamp 0.01",
+    "esd-clamp-0.1": "--loss esd --clamp 0.1",
     "esd-pair-law": "--loss esd --step-law pair",
 }
 STUDIES = {
@@ -71,7 +73,7 @@ STUDIES = {
         "both": "--batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
         "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
         "stage2": "--steps 500 --warmup 100 --cooldown 400 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-words --judge-batch 64",
+        "evaluate": "--nfe 1 2 4 8 32 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-words --judge-batch 64",
         "scores": ["gen_ppl", "entropy", "distinct_4"],
     },
     "bpe": {
