@@ -2,7 +2,7 @@
 
     python distill.py --loss esd                        # from the run that train_diagonal.py writes by default
     torchrun --nproc_per_node=8 distill.py --loss psd
-    python distill.py --data data/grammar --loss lsd --steps 1000 --batch-size 256
+    python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 256
     python distill.py --loss esd --joint                # both losses at once, from scratch
 
 Reads data/NAME and a stage-1 checkpoint. Writes runs/NAME-LOSS/ as stage 1 does: config.json, log.jsonl,
@@ -273,7 +273,7 @@ def spread(rows, share):
     return after > before, rows - before
 
 
-CONTEXT = ("context", "block_size", "context_dropout")  # the flags that stage 2 takes over from stage 1
+FIXED = ("size", "schedule", "schedule_blend", "position_lag", "interpolant", "context", "block_size", "context_dropout")  # by stage 1
 
 
 def check_flags(parser, args):
@@ -294,8 +294,7 @@ def check_flags(parser, args):
         if args.teacher not in (None, "self"):
             raise UserError(f"--teacher {args.teacher}: with --joint the embedding is learned, which only the student shares; leave it out")
     else:
-        fixed = ("size", "schedule", "schedule_blend", "position_lag", "interpolant", *CONTEXT)
-        given = [name for name in fixed if getattr(args, name) != parser.get_default(name)]
+        given = [name for name in FIXED if getattr(args, name) != parser.get_default(name)]
         if given:
             raise UserError(
                 f"--{given[0].replace('_', '-')} is fixed by the stage-1 checkpoint; give it to train_diagonal.py, or train from scratch with --joint"
@@ -347,7 +346,7 @@ def main():
         "--boundary", type=number(float, 0, 1), default=1 / 32, metavar="X", help="share of the other rows that jump from noise to data"
     )
     group.add_argument("--divergence", choices=list(DIVERGENCES), default="kl",
-                       help="KL(teacher || psi); with psd KL(psi || teacher); or |teacher - psi|^2 / 2, as in Euclidean flow maps")  # fmt: skip
+                       help="kl: KL(teacher || psi); reverse-kl, for psd alone: KL(psi || teacher); square: |teacher - psi|^2 / 2")  # fmt: skip
     group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",
                        help="exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss")  # fmt: skip
     group.add_argument(
@@ -357,7 +356,8 @@ def main():
         help="learn a weight of s (PSD) or of s and t (LSD, ESD; rows of --psd-share have none)",
     )
     group.add_argument("--guidance", type=number(float, 0), default=1.0, metavar="W",
-                       help="distil the map guided by this weight (0 ignores the context, 1 is plain); stage 1 must know contexts")  # fmt: skip
+                       help="distil the map guided by this weight (0 ignores the context, 1 is plain); stage 1 must know contexts; "
+                       "with psd, or with --teacher self or ema")  # fmt: skip
     group.add_argument("--surgery", action=BooleanOptionalAction, help="project conflicting gradients (default: with psd)")
     training_flags(parser, steps=None)
     context_flags(parser)
@@ -373,7 +373,7 @@ def main():
         args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
         model, checkpoint = load_model(args.checkpoint)
         same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta)
-        for key in CONTEXT:
+        for key in FIXED:
             setattr(args, key, checkpoint["args"].get(key))
         if args.guidance != 1 and not (args.context and args.context_dropout):
             raise UserError(f"--guidance {args.guidance:g}: {args.checkpoint} was trained without contexts, or never without one; "

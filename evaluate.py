@@ -459,7 +459,9 @@ def parse_args():
     parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="of either stage (default: runs/owt-esd/checkpoint.pt)")
     parser.add_argument("--samples", type=Path, nargs="+", metavar="FILE", help="text made elsewhere: one sample a line, a folder, or a .npy of ids")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set, for control and training rows (default: the one trained on)")
-    parser.add_argument("--seeds", type=number(int, 1, 1000), default=1, help="draw --num-samples with each of so many seeds, from --seed on")
+    parser.add_argument(
+        "--seeds", type=number(int, 1, 1000), default=1, metavar="N", help="draw --num-samples with each of so many seeds, from --seed on"
+    )
     parser.add_argument("--bound", type=number(int, 2), metavar="N", help="bound the likelihood of N validation rows, by each model's diagonal")
     parser.add_argument("--show", type=number(int, 0), default=0, metavar="N", help="print N samples a row of the table")
     parser.add_argument(
@@ -468,20 +470,24 @@ def parse_args():
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw NFE against the main score, frontier and bound, as PNG")
     group = parser.add_argument_group("judge of text", "What departs from the field's protocol is off by default.")
     group.add_argument("--judge", default="gpt2-large", metavar="NAME", help="causal LM: a hub name or a folder")
-    group.add_argument("--judge-batch", type=number(int, 1), default=8, help="texts the judge reads at once")
+    group.add_argument("--judge-batch", type=number(int, 1), default=8, metavar="N", help="texts the judge reads at once")
     group.add_argument("--judge-dtype", choices=["float32", "bfloat16"], default="float32", help="its weights; bfloat16 departs")
     group.add_argument("--judge-length", type=number(int, 2), metavar="N", help="departs: cut texts at N of the judge's tokens, not at L")
     group.add_argument("--judge-bos", action="store_true", help="departs: put a BOS before, so that the first token is scored")
     group = parser.add_argument_group("diversity")
     group.add_argument("--ngram", type=number(int, 1, 64), nargs="+", default=[4], metavar="N", help="sizes of the n-grams that are counted")
-    group.add_argument("--train-rows", type=number(int, 1), default=50_000, help="training rows to look in for copies, evenly spaced")
-    group.add_argument("--bleu-samples", type=number(int, 0), default=100, help="samples in the self-BLEU; its time grows with the square")
+    group.add_argument("--train-rows", type=number(int, 1), default=50_000, metavar="N", help="training rows to look in for copies, evenly spaced")
+    group.add_argument(
+        "--bleu-samples", type=number(int, 0), default=100, metavar="N", help="samples in the self-BLEU; its time grows with the square"
+    )
     sampling_flags(parser, count=1024, sweep=True)
     args = parser.parse_args()
     if args.bound and not args.checkpoint and args.samples:
         parser.error("--bound is of a model's diagonal: name it with --checkpoint")
     if not args.checkpoint and not args.samples:
         args.checkpoint = [Path("runs/owt-esd/checkpoint.pt")]
+        if not args.checkpoint[0].is_file():
+            raise UserError(f"no checkpoint at {args.checkpoint[0]}; train one with distill.py, or name --checkpoint or --samples")
     args.output = args.output or (args.checkpoint[-1].parent if args.checkpoint else Path()) / "evaluation.json"
     if args.output.suffix == ".md":
         raise UserError(f"--output {args.output}: that is the tables' name, beside the JSON's; name it {args.output.with_suffix('.json')}")
@@ -594,7 +600,7 @@ def main():
     args = parse_args()
     pyplot = load_pyplot() if args.plot else None
     loaded = [load_sampler(path, args) for path in args.checkpoint or []]
-    metas = [checkpoint["meta"] for _, checkpoint in loaded]
+    eulers, metas = [is_euler(args, checkpoint) for _, checkpoint in loaded], [checkpoint["meta"] for _, checkpoint in loaded]
     folder = args.data or (Path(loaded[-1][1]["args"]["data"]) if loaded else None)
     metas += [read_meta(folder)] if folder else []
     for path, (_, checkpoint) in zip(args.checkpoint or [], loaded, strict=True):
@@ -615,8 +621,7 @@ def main():
     for name, (rows, texts) in zip(unlike(args.samples or [], lambda path: path.name), samples, strict=True):
         scores.add(name, rows, texts)
     names = unlike(args.checkpoint or [], lambda path: path.parent.name)
-    for name, (model, checkpoint) in zip(names, loaded, strict=True):
-        euler = is_euler(args, checkpoint)
+    for name, (model, _), euler in zip(names, loaded, eulers, strict=True):
         draw_samples(model, 1, min(args.batch_size, args.num_samples), args.batch_size, args.seed, euler, args.dtype)  # a first call is slow
         for nfe in args.nfe:
             for swept, knobs in settings(args, nfe):

@@ -53,7 +53,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """The program's docstring in --help as it stands, and defaults, but where the text gives one itself or there is none."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) or "default:" in action.help else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False or "default:" in action.help else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -454,7 +454,10 @@ def read_meta(folder):
     """data/NAME/meta.json as a dict; UserError where it is absent or is not one of ours."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise UserError(f"no data set at {folder}; make one with: python prepare_data.py {Path(folder).name}")
+        name = Path(folder).name
+        raise UserError(
+            f"no data set at {folder}; make one with: python prepare_data.py {name if name in SOURCES else f'file --source ... --out {folder}'}"
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -629,6 +632,10 @@ def build(args, folder):
 def main():
     args = parse_args()
     if (args.out / "meta.json").exists() and not args.force:
+        there = read_meta(args.out)
+        for key in ("name", "tokenizer", "seq_len"):
+            if (asked := {"tokenizer": args.name}.get(key) if args.name == "grammar" else getattr(args, key)) not in (None, there[key]):
+                raise UserError(f"{args.out} is already there with {key} {there[key]}, not {asked}; --force replaces it, --out names another folder")
         print(f"{args.out} is already there; --force makes it anew")
         return
     args.out = args.out.resolve()

@@ -209,6 +209,8 @@ def told(error):
 def load_reward(name):
     """The function that "module:function" names, from the current folder or an installed module."""
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"--reward {name}: give module:function, of a file module.py in this folder")
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -268,7 +270,9 @@ def load_sampler(path, args):
 
 
 def is_euler(args, checkpoint):
-    """Whether to take Euler steps: by --sampler, or because the checkpoint is of stage 1."""
+    """Whether to take Euler steps: by --sampler, or because the checkpoint is of stage 1, which has learned no jump."""
+    if args.sampler == "flow-map" and "loss" not in checkpoint["args"]:
+        raise UserError("--sampler flow-map needs the map that distill.py makes; this checkpoint is of stage 1, leave the flag out")
     return args.sampler == "euler" if args.sampler else "loss" not in checkpoint["args"]
 
 

@@ -1375,7 +1375,7 @@ BAD = [
     (distill, ["--data", "grammar", "--loss", "esd", "--guidance", "2"], "teaches itself"),
     (distill, ["--data", "grammar", "--loss", "psd", "--guidance", "2", "--checkpoint", "trained/checkpoint.pt"], "without contexts"),
     (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--output", "table.md"], "table.json"),
-    (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--data", "absent"], "prepare_data.py absent"),
+    (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--data", "absent"], "prepare_data.py file --source"),
     (evaluate, ["--checkpoint", "trained/checkpoint.pt", "--data", "other"], "seq_len"),
     (evaluate, ["--samples", "absent.txt", "--data", "grammar"], "absent.txt"),
     (evaluate, ["--samples", "empty.txt", "--data", "grammar"], "no sample"),
@@ -1428,6 +1428,10 @@ BAD = [
     (train_diagonal, ["--config", "trained/config.json", "--resume", "--out", "trained", "--timeout", "0"], "--timeout"),
     (distill, ["--config", "trained/config.json", "--data", "grammar"], "--loss"),
     (prepare_data, ["grammar", "--out", "foreign"], "foreign.partial"),
+    (prepare_data, ["file", "--source", "short.txt", "--tokenizer", "char", "--out", "grammar"], "name grammar, not file"),
+    (train_diagonal, ["--data", "mine"], "file --source"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--sampler", "flow-map"], "of stage 1"),
+    (evaluate, [], "no checkpoint"),
 ]  # fmt: skip
 
 

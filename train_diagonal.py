@@ -1,7 +1,7 @@
 """Stage 1: train the instantaneous denoiser psi_tt, the diagonal of the flow map.
 
     torchrun --nproc_per_node=8 train_diagonal.py                    # the paper's OpenWebText run
-    python train_diagonal.py --data data/grammar --size tiny --steps 2000 --batch-size 128
+    python train_diagonal.py --data data/grammar --size tiny --steps 2000 --warmup 100 --batch-size 128
 
 Reads data/NAME (see prepare_data.py). Writes runs/NAME-diagonal/: config.json (flags, command line,
 versions), log.jsonl (one object a line) and checkpoint.pt. The objective comes first; below it is the
@@ -469,6 +469,10 @@ class Log:
         self.means, self.clock, self.steps, self.first = Means(self.device, means, rank, self.world), time.perf_counter(), 0, None
         where = f"{self.world} x {self.device.type}, {args.dtype}{', compiled' if args.compile else ''}"
         self.say(f"{args.out}: steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens, on {where}")
+        if args.steps < args.warmup + args.cooldown:
+            most = args.lr * args.steps / (args.warmup + args.cooldown)
+            flags = f"--warmup {args.warmup:,} and --cooldown {args.cooldown:,}"
+            self.say(f"{flags} exceed --steps {args.steps:,}: the learning rate reaches {most:.1e}")
 
     def step(self, done, scalars, lr, extra, last):
         self.bar.update()
@@ -770,7 +774,7 @@ def replay(parser, path):
         if key in ("config", "resume", "out") or value is None:
             continue
         if key not in known or key == "help":
-            raise UserError(f"--config {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+            raise UserError(f"--config {path}: unknown key {key!r}; {parser.prog} has no such flag, is it of another program?")
         flag = known[key].option_strings[-1 if value is False else 0]
         if value is False and not flag.startswith("--no-"):
             continue  # a switch that was not thrown
@@ -785,7 +789,7 @@ def context_flags(parser):
     """The flags of conditional training, in both stages."""
     group = parser.add_argument_group("prompts")
     group.add_argument("--context", choices=["block", "any", "scatter"],
-                       help="learn a block given a clean context: whole blocks before it, any number of tokens, or any positions")  # fmt: skip
+                       help="learn a block given a clean context: whole blocks (with --block-size), any number of tokens, or any set")  # fmt: skip
     group.add_argument("--block-size", type=number(int, 1), metavar="K", help="tokens that are written at once (default: all after the context)")
     group.add_argument("--context-dropout", type=number(float, 0, 1), default=CONTEXT_DROPOUT, metavar="P",
                        help="share of the rows that learn their block without the context, for guidance")  # fmt: skip
