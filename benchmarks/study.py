@@ -189,10 +189,10 @@ def main():
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, as PNG")
     args = parser.parse_args()
     check_output("--plot", args.plot, [])
-    study, folder = STUDIES[args.study], args.folder / args.study
+    study, folder, names = STUDIES[args.study], args.folder / args.study, dict.fromkeys(["diagonal", *(args.only or every)])
     for seed in [] if args.table else args.seeds:
-        train_and_evaluate(study, folder / str(seed), seed, dict.fromkeys(["diagonal", *(args.only or every)]))
-    found = gather(study, folder)
+        train_and_evaluate(study, folder / str(seed), seed, names)
+    found = [run for run in gather(study, folder) if run["run"] in names]
     if not found:
         raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
     print(table(compare(study, found)))
