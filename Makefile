@@ -1,4 +1,4 @@
-# make demo   prepare the grammar, train, distil, sample, and print one table (about 10 minutes on 2 cores)
+# make demo   prepare the grammar, train, distil, sample, and print one table (8 to 10 minutes on 2 cores)
 # make test   the tests and the linter
 # make results [TEXT=stories.txt]   the losses side by side over three seeds, on the grammar and on a text of yours (hours): results/README.md
 # make soak   the fault tests at length: 25 kills, 2,000 steps (about twelve minutes on one core)

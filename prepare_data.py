@@ -569,6 +569,8 @@ def parse_args():
             parser.error(f"grammar is generated, so --{given[0].replace('_', '-')} does not apply to it")
     if args.name == "file" and not args.source:
         parser.error("file needs --source with local .txt, .jsonl or .parquet files")
+    asked = {key: getattr(args, key) for key in ("name", "tokenizer", "seq_len")}
+    args.asked = {key: value for key, value in asked.items() if value is not None}  # what a data set that is there must be
     for key, value in SOURCES[args.name].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -633,8 +635,8 @@ def main():
     args = parse_args()
     if (args.out / "meta.json").exists() and not args.force:
         there = read_meta(args.out)
-        for key in ("name", "tokenizer", "seq_len"):
-            if (asked := {"tokenizer": args.name}.get(key) if args.name == "grammar" else getattr(args, key)) not in (None, there[key]):
+        for key, asked in args.asked.items():
+            if asked != there[key]:
                 raise UserError(f"{args.out} is already there with {key} {there[key]}, not {asked}; --force replaces it, --out names another folder")
         print(f"{args.out} is already there; --force makes it anew")
         return

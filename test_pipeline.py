@@ -739,6 +739,8 @@ def test_prepare_local_files(tmp_path):
     assert len(digests) == 1
     done = python("prepare_data.py", "file", "--source", tmp_path / "a.txt", "--out", tmp_path / "txt", cwd=tmp_path)
     assert "--force" in done.stdout
+    done = python("prepare_data.py", "file", "--source", tmp_path / "a.txt", "--seq-len", 16, "--out", tmp_path / "txt", cwd=tmp_path, ok=False)
+    assert one_line(done.returncode, done.stderr, "seq_len 32, not 16")
 
 
 def test_text8_split(tmp_path):
