@@ -444,7 +444,7 @@ class DiT(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         one = torch.ones(len(tokens), 1, dtype=self.embedding.dtype, device=tokens.device)
-        h, time, (cos, sin), found = self.embedding[tokens], self.time(one, one), self.rotation(positions), []
+        h, time, (cos, sin), found = F.embedding(tokens, self.embedding), self.time(one, one), self.rotation(positions), []
         for block, keys in zip(self.blocks, before or [None] * len(self.blocks), strict=True):
             h, keys = self.through(block, h, time, cos, sin, None, None, keys, True)
             found.append(keys)
@@ -504,7 +504,8 @@ class DiT(nn.Module):
 
     def interpolate(self, xi, tokens, t):
         """y_t = alpha_t x0 W + beta_t W[token] (37): tokens (B, L), t (B, 1) or (B, L) -> (B, L, D)."""
-        return self.path.alpha(t)[..., None] * self.embed_noise(xi) + self.path.beta(t)[..., None] * self.embedding[tokens]
+        clean = F.embedding(tokens, self.embedding)  # W[tokens], whose gradient by indexing is summed in another order each time on several threads
+        return self.path.alpha(t)[..., None] * self.embed_noise(xi) + self.path.beta(t)[..., None] * clean
 
     def times(self, tau, L=None):
         """Uniform progress tau in [0, 1], float64 (n, 1) on the CPU -> times of the path, float64, below 1.
