@@ -959,7 +959,7 @@ def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
     """A study trains what is not there, goes on with what was stopped, evaluates both once, and tabulates them."""
     monkeypatch.chdir(tmp_path)
     short = {"data": str(work / "data/grammar"), "both": " ".join(TINY[2:]), "stage1": "--size tiny --steps 2", "stage2": "--steps 2",
-             "evaluate": "--nfe 1 2 --num-samples 8 --bleu-samples 0", "scores": ["grammatical", "distinct"]}  # fmt: skip
+             "evaluate": "--nfe 1 2 --num-samples 8 --bleu-samples 0", "scores": ["grammatical", "entropy"]}  # fmt: skip
     monkeypatch.setattr(study, "STUDIES", {"grammar": short})
     asked = []
 
@@ -986,9 +986,23 @@ def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
     worse = found[1] | {"run": "esd", "scores": {n: row | {"grammatical": row["grammatical"] - 0.25} for n, row in found[1]["scores"].items()}}
     (beside,) = [row for row in study.compare(short, [*found, worse]) if row["score"] == "grammatical - psd"]
     assert beside["1 NFE"] == beside["2 NFE"] == "-0.250 (-0.250 to -0.250)"
+    monkeypatch.setattr(study, "SWEEP", "--nfe 1 --sigma 1 1.5")
+    monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--seeds", "0", "--only", "psd", "--frontier"])
+    study.main()
+    assert len(asked) == 5
+    entropies, scores = study.gather(short, tmp_path / "runs/study/grammar")[1]["frontier"][1]
+    # A run whose sweep passes PSD's entropy half-way between two points has their mean there; where it does not reach it, nothing.
+    at = found[1]["scores"][1]["entropy"]
+    assert entropies[0] == at, "the sweep begins at the neutral scale, the evaluation's own"
+    assert scores[0] == found[1]["scores"][1]["grammatical"]
+    swept = worse | {"frontier": {1: ([at - 1, at + 1], [0.25, 0.75])}}
+    assert study.at_baseline_entropy(short, swept, found[1]) == {1: 0.5}
+    assert study.at_baseline_entropy(short, swept | {"frontier": {1: ([at + 1, at + 2], [0, 1])}}, found[1]) == {1: None}
+    rows = {row["score"]: row for row in study.compare(short, [*found, swept])}
+    assert rows["grammatical - psd, at its entropy"]["1 NFE"].startswith(f"{0.5 - scores[0]:.3f} (")
     monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--table", "--plot", str(tmp_path / "study.png")])
     study.main()
-    assert len(asked) == 4
+    assert len(asked) == 5
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,10 +3,12 @@
     python benchmarks/study.py grammar                                   # hours on a CPU; what is there already is not done again
     python benchmarks/study.py grammar --seeds 0 1 2 --only psd esd
     python benchmarks/study.py grammar --table --folder results/study    # of what is there, here of what is recorded
+    python benchmarks/study.py words --only psd psd-squared --frontier   # and at equal entropy
 
 Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
 and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than PSD from the same
-stage 1, since seeds of stage 1 differ more than losses do. Flags and numbers are in the runs' own config.json and evaluation.json.
+stage 1, since seeds of stage 1 differ more than losses do, and with --frontier that at PSD's own entropy too, to which SWEEP brings it.
+Flags and numbers are in the runs' own config.json, evaluation.json and frontier.json.
 """
 
 import json
@@ -14,14 +16,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluate import load_pyplot, table
+from evaluate import at_entropy, load_pyplot, table
 from model import read_checkpoint
 from prepare_data import Parser, UserError, number, run
 from sample import check_output
 
 ROOT = Path(__file__).parent.parent
+# What brings a run to another's entropy at any number of steps, one too: the scale of the first noise.
+SWEEP = "--nfe 1 2 4 --sigma 1 0.8 0.9 1.1 1.2 1.3"
 PLAIN = "--no-learned-weight --consistency-power 0"
 # Every run, a folder each: its flags beyond those that all share. Stage 1 by three noise schedules, of which stage 2 starts from
 # the first; calibrated: on the loss measured each 500 steps.
@@ -89,13 +95,13 @@ STUDIES = {
 
 def spread(values):
     """[{nfe: number or None} of each seed] -> {"N NFE": "mean (smallest to largest)"}."""
-    seen = {nfe: [v[nfe] for v in values if v[nfe] is not None] for nfe in (values[0] if values else {})}
+    seen = {nfe: [v[nfe] for v in values if v.get(nfe) is not None] for nfe in dict.fromkeys(nfe for v in values for nfe in v)}
     show = lambda x: f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"  # noqa: E731
     return {f"{nfe} NFE": f"{show(sum(v) / len(v))} ({show(min(v))} to {show(max(v))})" if v else None for nfe, v in seen.items()}
 
 
-def train_and_evaluate(study, folder, seed, names):
-    """Every run of one seed that is not evaluated yet, each in a program of its own."""
+def train_and_evaluate(study, folder, seed, names, frontier=False):
+    """Every run of one seed that is not evaluated yet, each in a program of its own; `frontier`: and by SWEEP."""
 
     def program(name, *flags):
         result = subprocess.run([sys.executable, str(ROOT / name), *" ".join(map(str, flags)).split()])
@@ -112,25 +118,42 @@ def train_and_evaluate(study, folder, seed, names):
     for name in names:
         out = folder / name
         common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
-        if (out / "evaluation.json").exists():
-            continue
-        if name in STAGE1:
-            train("train_diagonal.py", out, common, study["stage1"], STAGE1[name])
-        else:
-            train("distill.py", out, common, study["stage2"], f"--checkpoint {folder}/diagonal/checkpoint.pt", STAGE2[name])
-        bound = "--bound 64" if name in STAGE1 else ""
-        program("evaluate.py", f"--checkpoint {out}/checkpoint.pt --seed {seed} {bound}", study["evaluate"])
+        evaluate = f"--checkpoint {out}/checkpoint.pt --seed {seed} {study['evaluate']}"
+        if not (out / "evaluation.json").exists():
+            if name in STAGE1:
+                train("train_diagonal.py", out, common, study["stage1"], STAGE1[name])
+            else:
+                train("distill.py", out, common, study["stage2"], f"--checkpoint {folder}/diagonal/checkpoint.pt", STAGE2[name])
+            program("evaluate.py", evaluate, "--bound 64" if name in STAGE1 else "")
+        if frontier and name in STAGE2 and not (out / "frontier.json").exists():
+            program("evaluate.py", evaluate, SWEEP, f"--output {out}/frontier.json")
 
 
 def gather(study, folder):
-    """[{run, seed, flags, scores {nfe: {score: value}}, bound (nats a token, its standard error) or None}] of all that is evaluated."""
+    """[{run, seed, scores {nfe: {score: value}}, bound (nats a token) or None, frontier {nfe: (entropies, scores)}}] of all that is evaluated."""
     found = []
     for path in sorted(folder.glob("*/*/evaluation.json")):
-        flags, evaluation = (json.loads(p.read_text()) for p in (path.parent / "config.json", path))
+        evaluation, sweep = json.loads(path.read_text()), path.with_name("frontier.json")
         scores = {row["nfe"]: {score: row[score] for score in study["scores"]} for row in evaluation["results"] if row["nfe"]}
-        bound = next(((line["nats_a_token"], line["standard_error"]) for line in evaluation["bound"]), None)
-        run = {"run": path.parent.name, "seed": int(path.parent.parent.name), "flags": flags["flags"], "scores": scores, "bound": bound}
+        lines = json.loads(sweep.read_text())["frontier"] if sweep.exists() else []
+        run = {
+            "run": path.parent.name,
+            "seed": int(path.parent.parent.name),
+            "scores": scores,
+            "bound": next((line["nats_a_token"] for line in evaluation["bound"]), None),
+            "frontier": {line["nfe"]: (line["entropies"], line["scores"]) for line in lines},
+        }
         found.append(run)
+    return found
+
+
+def at_baseline_entropy(study, run, other):
+    """{nfe: the first score of `run` where its sweep meets the entropy of `other`, or None where it does not}."""
+    found, text = {}, study["scores"][0] == "gen_ppl"
+    for nfe, sweep in run["frontier"].items():
+        entropies, scores = (np.array(part)[:, None] for part in sweep)
+        value = float(at_entropy(entropies, scores, other["scores"][nfe]["entropy"], np.fmax if text else np.fmin)[0])
+        found[nfe] = None if np.isnan(value) else float(np.exp(value)) if text else value
     return found
 
 
@@ -141,21 +164,27 @@ def compare(study, found):
     """
     first, rows = study["scores"][0], []
     sign, beside = ("/", lambda a, b: a / b) if first == "gen_ppl" else ("-", lambda a, b: a - b)
-    for name in dict.fromkeys([*STAGE1, *STAGE2]):
-        runs = {run["seed"]: run for run in found if run["run"] == name}
-        for score in study["scores"] if runs else []:
-            values = [{nfe: row[score] for nfe, row in run["scores"].items()} for run in runs.values()]
-            rows.append({"run": name, "seeds": len(values), "score": score} | spread(values))
+    by_name = {name: {run["seed"]: run for run in found if run["run"] == name} for name in [*STAGE1, *STAGE2]}
+    for name, runs in by_name.items():
         baseline = "diagonal" if name in STAGE1 else "psd"
-        pairs = [
-            (run["scores"], other["scores"]) for run in runs.values() for other in found if (other["run"], other["seed"]) == (baseline, run["seed"])
+        pairs = [(run, by_name[baseline][seed]) for seed, run in runs.items() if seed in by_name[baseline]] if name != baseline else []
+        values = {score: [{nfe: row[score] for nfe, row in run["scores"].items()} for run in runs.values()] for score in study["scores"]}
+        values[f"{first} {sign} {baseline}"] = [
+            {nfe: beside(row[first], other["scores"][nfe][first]) for nfe, row in run["scores"].items()
+             if None not in (row[first], other["scores"][nfe][first])} for run, other in pairs
+        ]  # fmt: skip
+        values[f"{first} {sign} {baseline}, at its entropy"] = [
+            {nfe: beside(value, other["scores"][nfe][first]) for nfe, value in at_baseline_entropy(study, run, other).items() if value is not None}
+            for run, other in pairs
         ]
-        if name != baseline and pairs:
-            values = [{nfe: beside(a[nfe][first], b[nfe][first]) for nfe in a if None not in (a[nfe][first], b[nfe][first])} for a, b in pairs]
-            rows.append({"run": name, "seeds": len(values), "score": f"{first} {sign} {baseline}"} | spread(values))
-        bounds = [run["bound"][0] for run in runs.values() if run["bound"]]
-        if bounds:
-            rows.append({"run": name, "seeds": len(bounds), "score": "bound, nats a token"} | {"all NFE": spread([{0: b} for b in bounds])["0 NFE"]})
+        rows += [
+            {"run": name, "seeds": len(seen), "score": score} | spread(seen)
+            for score, of_seeds in values.items()
+            if (seen := [v for v in of_seeds if v])
+        ]
+        bounds = {"bound, nats a token": [run["bound"] for run in runs.values() if run["bound"]],
+                  "bound - diagonal": [run["bound"] - other["bound"] for run, other in pairs if run["bound"]]}  # fmt: skip
+        rows += [{"run": name, "seeds": len(b), "score": score, "all NFE": spread([{0: x} for x in b])["0 NFE"]} for score, b in bounds.items() if b]
     columns = dict.fromkeys(key for row in rows for key in row)
     return [dict.fromkeys(columns) | row for row in rows]
 
@@ -185,13 +214,14 @@ def main():
     every = [*STAGE1, *STAGE2]
     parser.add_argument("--only", nargs="+", choices=every, metavar="RUN", help="these runs, by name: " + "; ".join(every))
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="of all studies")
+    parser.add_argument("--frontier", action="store_true", help="sweep the noise's scale too, for scores at equal entropy")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, as PNG")
     args = parser.parse_args()
     check_output("--plot", args.plot, [])
     study, folder, names = STUDIES[args.study], args.folder / args.study, dict.fromkeys(["diagonal", *(args.only or every)])
     for seed in [] if args.table else args.seeds:
-        train_and_evaluate(study, folder / str(seed), seed, names)
+        train_and_evaluate(study, folder / str(seed), seed, names, args.frontier)
     found = [run for run in gather(study, folder) if run["run"] in names]
     if not found:
         raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
