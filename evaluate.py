@@ -46,7 +46,7 @@ from prepare_data import (
 )
 from sample import check_output, draw_samples, is_euler, load_sampler, sampling_flags
 
-NEUTRAL = {"temperature": 1.0, "gamma": 0.0, "sigma": 1.0}  # the knobs of sample.generate
+NEUTRAL = {"temperature": 1.0, "gamma": 0.0, "sigma": 1.0, "final_temperature": 0.0}  # the knobs of sample.generate
 
 # ------------------------------------------------------------------------------------------------
 # The scores of single samples.

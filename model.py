@@ -556,6 +556,13 @@ class DiT(nn.Module):
             parts = [(flat[rows] @ head.T).argmax(-1) for rows in chunks(len(flat), len(head))]
         return torch.cat(parts).view(h.shape[:-1])
 
+    def draw(self, h, temperature, u):
+        """A token of psi^(1/temperature), scaled to sum to 1, where its running sum passes u: (B, L, D), (B, L) in [0, 1] -> (B, L), int64."""
+        flat, head, u = h.detach().flatten(0, -2), lowered(self.head), u.flatten()
+        with torch.no_grad():
+            parts = [inverse(softmax(wide(flat[rows] @ head.T) / temperature), u[rows]) for rows in chunks(len(flat), len(head))]
+        return torch.cat(parts).view(h.shape[:-1])
+
 
 class Given:
     """A DiT with a context: see `DiT.given`. Losses, teachers and the sampler take it as they take a DiT."""
@@ -597,6 +604,12 @@ def softmax(z):
 def probabilities(z):
     """psi from a chunk of logits, computed in at least float32, in the dtype of z."""
     return softmax(wide(z)).to(z.dtype)
+
+
+def inverse(p, u):
+    """The first index at which the running sum of p (n, V) exceeds u (n,) of the whole: int64 (n,)."""
+    total = p.cumsum(-1)
+    return torch.searchsorted(total, (u * total[:, -1])[:, None], right=True).squeeze(1).clamp(max=p.shape[-1] - 1)
 
 
 @functools.cache

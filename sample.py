@@ -37,7 +37,7 @@ from prepare_data import Parser, UserError, decode, encoder, number, one_line, r
 
 
 @torch.no_grad()
-def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0, normal=None, watch=None, select=None):
+def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0, final_temperature=0.0, normal=None, watch=None, select=None):
     """Tokens (B, L), int64, from standard normals xi (B, L, model.noise_size), in `nfe` network evaluations.
 
     The flow map jumps along the schedule's grid, X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The
@@ -45,13 +45,14 @@ def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0,
     probable tokens. With `euler`, psi_ss takes the place of psi_st, which is all that a diagonal alone
     can do: on the linear path that is Euler's method for the drift (52), x + (t - s) b_s(x).
 
-    Three knobs leave the trained law, and trade likely text for varied text (all neutral by default):
+    Four knobs leave the trained law, and trade likely text for varied text (all neutral by default):
         temperature  divides the logits of psi in every jump, and so sharpens (below 1) or flattens psi along
                      the way; the sample is still the most probable token, so at one evaluation it does nothing
         gamma        in [0, 1], renoises between jumps: a jump to progress tau overshoots to tau + gamma (1 - tau), and
                      fresh noise, normal() -> like xi, brings the state back along the path. 0 is the flow map
                      alone, 1 jumps to data each time (multistep consistency sampling)
         sigma        scales the noise that it starts from
+        final_temperature  draws the tokens from the last jump's psi^(1/T) in place of the most probable ones; 0 takes those
     watch(h), where given, is called with the hidden vectors (B, L, D) of each evaluation. select(y, t), where given,
     chooses the states to go on with after each jump but the last.
     """
@@ -69,7 +70,7 @@ def generate(model, xi, nfe, euler=False, temperature=1.0, gamma=0.0, sigma=1.0,
                 y = renoise(model, y, u, t, normal())
             if select:
                 y = select(y, t)
-    return model.argmax(h)
+    return model.draw(h, final_temperature, torch.special.ndtr(normal()[..., 0])) if final_temperature else model.argmax(h)
 
 
 def renoise(model, y, u, t, xi):
@@ -241,7 +242,7 @@ def draw_samples(model, nfe, count, batch_size, seed, euler, dtype="float32", wa
     """`count` samples in batches: token ids, int64 numpy (count, L). Sample i depends on (seed, i) alone.
 
     write(model, B, normal, **how) makes B of them; steer: the arguments of Steering between euler and
-    uniform, if any. watch and knobs (temperature, gamma, sigma): see `generate`.
+    uniform, if any. watch and knobs (temperature, gamma, sigma, final_temperature): see `generate`.
     """
     device, many = model.head.device, steer[2] if steer else 1  # rows behind one sample
     rows = []
@@ -290,6 +291,8 @@ def sampling_flags(parser, count, sweep=False):
     group.add_argument("--gamma", type=number(float, 0, 1), metavar="G", help="renoising between jumps: 0 none, 1 multistep consistency",
                        **several | {"default": [0.0] if sweep else 0.0})  # fmt: skip
     group.add_argument("--sigma", type=number(float, 0, 1000), metavar="S", help="scale of the noise at the start", **several)
+    group.add_argument("--final-temperature", type=number(float, 0, 1000), metavar="T", help="draw tokens from the last psi; 0: the most probable",
+                       **several | {"default": [0.0] if sweep else 0.0})  # fmt: skip
     machine_flags(parser.add_argument_group("machine"))
 
 
@@ -447,6 +450,8 @@ def main():
             raise UserError(f"--{flag} {getattr(args, flag)} belongs to --{owner}; give it too, or leave --{flag} out")
     if args.watch and args.guidance != 1:
         raise UserError("--watch shows what one network expects and --guidance mixes two; leave out one of them")
+    if args.final_temperature and args.guidance != 1:
+        raise UserError("--final-temperature draws from one psi and --guidance mixes two, which is no distribution; leave out one of them")
     reward = load_reward(args.reward) if args.reward is not None else None
     model, checkpoint = load_sampler(args.checkpoint, args)
     meta = checkpoint["meta"]
@@ -456,7 +461,7 @@ def main():
     for nfe, output in zip(args.nfe, outputs, strict=True):
         watch = watcher(model, meta, nfe) if args.watch else None
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, is_euler(args, checkpoint), args.dtype, watch, write, steer,
-                            temperature=args.temperature, gamma=args.gamma, sigma=args.sigma)  # fmt: skip
+                            temperature=args.temperature, gamma=args.gamma, sigma=args.sigma, final_temperature=args.final_temperature)  # fmt: skip
         if output:
             write_samples(output, rows, meta)
         print(f"--- {nfe} NFE")

@@ -400,6 +400,24 @@ def test_temperature_and_sigma():
     assert not torch.equal(generate(oracle, xi, 2), generate(oracle, xi, 2, sigma=2.0))
 
 
+def test_final_temperature():
+    """A token is drawn from psi^(1/T) scaled to sum to 1: its share of an even grid of u is its probability; near T = 0 the most probable one."""
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    h = torch.randn(1, 1, 16, dtype=torch.float64, generator=generator)
+    n, logits = 50_000, (h @ model.head.T).squeeze().detach()
+    u = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    for temperature in (0.5, 1, 3):
+        share = model.draw(h.expand(n, -1, -1), temperature, u).flatten().bincount(minlength=40) / n
+        assert torch.allclose(share.double(), (logits / temperature).softmax(-1), atol=1.5 / n)
+    xi = torch.randn(200, 5, model.noise_size, dtype=torch.float64, generator=generator)
+    normal = lambda: torch.randn(xi.shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    most_probable = generate(model, xi, 2)
+    assert torch.equal(generate(model, xi, 2, final_temperature=1e-6, normal=normal), most_probable)
+    once, again = (generate(model, xi, 2, final_temperature=1.0, normal=normal) for _ in range(2))
+    assert not torch.equal(once, again)
+    assert 0.5 < (once != most_probable).double().mean() < 1
+
+
 # ------------------------------------------------------------------------------------------------
 # The likelihood bound.
 

@@ -986,20 +986,22 @@ def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
     worse = found[1] | {"run": "esd", "scores": {n: row | {"grammatical": row["grammatical"] - 0.25} for n, row in found[1]["scores"].items()}}
     (beside,) = [row for row in study.compare(short, [*found, worse]) if row["score"] == "grammatical - psd"]
     assert beside["1 NFE"] == beside["2 NFE"] == "-0.250 (-0.250 to -0.250)"
-    monkeypatch.setattr(study, "SWEEP", "--nfe 1 --sigma 1 1.5")
+    monkeypatch.setattr(study, "SWEEP", "--nfe 1 --final-temperature 0 1")
     monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--seeds", "0", "--only", "psd", "--frontier"])
     study.main()
     assert len(asked) == 5
-    entropies, scores = study.gather(short, tmp_path / "runs/study/grammar")[1]["frontier"][1]
-    # A run whose sweep passes PSD's entropy half-way between two points has their mean there; where it does not reach it, nothing.
-    at = found[1]["scores"][1]["entropy"]
-    assert entropies[0] == at, "the sweep begins at the neutral scale, the evaluation's own"
-    assert scores[0] == found[1]["scores"][1]["grammatical"]
-    swept = worse | {"frontier": {1: ([at - 1, at + 1], [0.25, 0.75])}}
-    assert study.at_baseline_entropy(short, swept, found[1]) == {1: 0.5}
-    assert study.at_baseline_entropy(short, swept | {"frontier": {1: ([at + 1, at + 2], [0, 1])}}, found[1]) == {1: None}
-    rows = {row["score"]: row for row in study.compare(short, [*found, swept])}
-    assert rows["grammatical - psd, at its entropy"]["1 NFE"].startswith(f"{0.5 - scores[0]:.3f} (")
+    psd = study.gather(short, tmp_path / "runs/study/grammar")[1]
+    entropies, scores = psd["frontier"][1]
+    assert (entropies[0], scores[0]) == (psd["scores"][1]["entropy"], psd["scores"][1]["grammatical"])  # where the sweep begins
+    assert entropies[1] > entropies[0]
+    # The other's entropy is the larger, half-way along the sweep; where a sweep does not reach it, nothing is said.
+    at = {"entropy": entropies[0] + 1, "grammatical": 0.25}
+    high = {"run": "esd", "seed": 0, "bound": None, "scores": {1: at}, "frontier": {1: ([at["entropy"], at["entropy"] + 1], [0.25, 0])}}
+    low = psd | {"frontier": {1: ([entropies[0], entropies[0] + 2], [0.75, 0.25])}}
+    assert study.at_equal_entropy(short, high, low) == {1: (0.25, 0.5)}
+    assert study.at_equal_entropy(short, high, low | {"frontier": {1: ([entropies[0], entropies[0] + 0.5], [1, 0])}}) == {}
+    rows = {row["score"]: row for row in study.compare(short, [low, high]) if row["run"] == "esd"}
+    assert rows["grammatical - psd, equal entropy"]["1 NFE"] == "-0.250 (-0.250 to -0.250)"
     monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--table", "--plot", str(tmp_path / "study.png")])
     study.main()
     assert len(asked) == 5

@@ -7,7 +7,7 @@
 
 Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
 and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than PSD from the same
-stage 1, since seeds of stage 1 differ more than losses do, and with --frontier that at PSD's own entropy too, to which SWEEP brings it.
+stage 1, since seeds of stage 1 differ more than losses do, and with --frontier that at equal entropy too, to which SWEEP brings the lower.
 Flags and numbers are in the runs' own config.json, evaluation.json and frontier.json.
 """
 
@@ -26,8 +26,8 @@ from prepare_data import Parser, UserError, number, run
 from sample import check_output
 
 ROOT = Path(__file__).parent.parent
-# What brings a run to another's entropy at any number of steps, one too: the scale of the first noise.
-SWEEP = "--nfe 1 2 4 --sigma 1 0.8 0.9 1.1 1.2 1.3"
+# What raises a run's entropy to another's at any number of steps, one too.
+SWEEP = "--nfe 1 2 4 --final-temperature 0 0.25 0.5 0.75 1"
 PLAIN = "--no-learned-weight --consistency-power 0"
 # Every run, a folder each: its flags beyond those that all share. Stage 1 by three noise schedules, of which stage 2 starts from
 # the first; calibrated: on the loss measured each 500 steps.
@@ -147,13 +147,15 @@ def gather(study, folder):
     return found
 
 
-def at_baseline_entropy(study, run, other):
-    """{nfe: the first score of `run` where its sweep meets the entropy of `other`, or None where it does not}."""
+def at_equal_entropy(study, run, other):
+    """{nfe: (the first score of `run`, that of `other`)}, each where its sweep meets the larger of the two entropies, if both do."""
     found, text = {}, study["scores"][0] == "gen_ppl"
-    for nfe, sweep in run["frontier"].items():
-        entropies, scores = (np.array(part)[:, None] for part in sweep)
-        value = float(at_entropy(entropies, scores, other["scores"][nfe]["entropy"], np.fmax if text else np.fmin)[0])
-        found[nfe] = None if np.isnan(value) else float(np.exp(value)) if text else value
+    for nfe in run["frontier"].keys() & other["frontier"].keys():
+        target = max(r["scores"][nfe]["entropy"] for r in (run, other))
+        sweeps = ([np.array(part)[:, None] for part in r["frontier"][nfe]] for r in (run, other))
+        values = [float(at_entropy(*sweep, target, np.fmax if text else np.fmin)[0]) for sweep in sweeps]
+        if np.isfinite(values).all():
+            found[nfe] = tuple(np.exp(values) if text else values)
     return found
 
 
@@ -173,9 +175,8 @@ def compare(study, found):
             {nfe: beside(row[first], other["scores"][nfe][first]) for nfe, row in run["scores"].items()
              if None not in (row[first], other["scores"][nfe][first])} for run, other in pairs
         ]  # fmt: skip
-        values[f"{first} {sign} {baseline}, at its entropy"] = [
-            {nfe: beside(value, other["scores"][nfe][first]) for nfe, value in at_baseline_entropy(study, run, other).items() if value is not None}
-            for run, other in pairs
+        values[f"{first} {sign} {baseline}, equal entropy"] = [
+            {nfe: beside(*both) for nfe, both in sorted(at_equal_entropy(study, run, other).items())} for run, other in pairs
         ]
         rows += [
             {"run": name, "seeds": len(seen), "score": score} | spread(seen)
@@ -214,7 +215,7 @@ def main():
     every = [*STAGE1, *STAGE2]
     parser.add_argument("--only", nargs="+", choices=every, metavar="RUN", help="these runs, by name: " + "; ".join(every))
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="of all studies")
-    parser.add_argument("--frontier", action="store_true", help="sweep the noise's scale too, for scores at equal entropy")
+    parser.add_argument("--frontier", action="store_true", help="draw tokens at several temperatures too, for scores at equal entropy")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, as PNG")
     args = parser.parse_args()
