@@ -27,7 +27,7 @@ from sample import check_output
 
 ROOT = Path(__file__).parent.parent
 # What raises a run's entropy to another's at any number of steps, one too.
-SWEEP = "--nfe 1 2 4 --final-temperature 0 0.25 0.5 0.75 1"
+SWEEP = "--nfe 1 2 4 --final-temperature 0 0.5 0.75 1 1.25 1.5"
 PLAIN = "--no-learned-weight --consistency-power 0"
 # Every run, a folder each: its flags beyond those that all share. Stage 1 by three noise schedules, of which stage 2 starts from
 # the first; calibrated: on the loss measured each 500 steps.
