@@ -35,7 +35,7 @@ ifdef TEXT
 	$(BIN)/python benchmarks/study.py stories --only psd lsd esd psd-squared esd-signed esd-signed-psd-share
 	$(BIN)/python prepare_data.py file --source "$(TEXT)" --documents paragraph --tokenizer gpt2 --seq-len 32 --out data/bpe
 	test -e runs/judge-bpe || $(BIN)/python benchmarks/train_judge.py --data data/bpe --out runs/judge-bpe --vocab-size 2048 --context 64 --steps 1000 --rows 32000
-	$(BIN)/python benchmarks/study.py bpe --only psd esd psd-squared esd-signed-psd-share
+	$(BIN)/python benchmarks/study.py bpe --only psd lsd esd psd-squared esd-signed-psd-share
 endif
 
 soak: $(READY)

@@ -1363,6 +1363,7 @@ BAD = [
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--particles", "4"], "--reward"),
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--mask", "_"], "--infill"),
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--watch", "--guidance", "2", "--prompt", "the"], "leave out one"),
+    (sample, ["--checkpoint", "trained/checkpoint.pt", "--final-temperature", "1", "--guidance", "2", "--prompt", "the"], "leave out one"),
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--reward", "os:nothing", "--gamma", "1"], "os:nothing"),
     (sample, ["--checkpoint", "trained/checkpoint.pt", "--reward", "os:listdir"], "--gamma"),
     (sample, ["--checkpoint", "any/checkpoint.pt", "--prompt", "some dragons"], "dragons"),
