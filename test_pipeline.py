@@ -1002,6 +1002,8 @@ def test_study_goes_on(work, tmp_path, capsys, monkeypatch):
     assert study.at_equal_entropy(short, high, low | {"frontier": {1: ([entropies[0], entropies[0] + 0.5], [1, 0])}}) == {}
     rows = {row["score"]: row for row in study.compare(short, [low, high]) if row["run"] == "esd"}
     assert rows["grammatical - psd, equal entropy"]["1 NFE"] == "-0.250 (-0.250 to -0.250)"
+    rows = {row["score"]: row for row in study.compare(short, [low, high | {"scores": {1: at, 2: at}}], "esd") if row["run"] == "psd"}
+    assert rows["grammatical - esd, equal entropy"]["1 NFE"] == "0.250 (0.250 to 0.250)"
     monkeypatch.setattr(sys, "argv", ["study.py", "grammar", "--table", "--plot", str(tmp_path / "study.png")])
     study.main()
     assert len(asked) == 5

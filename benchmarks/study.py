@@ -4,11 +4,12 @@
     python benchmarks/study.py grammar --seeds 0 1 2 --only psd esd
     python benchmarks/study.py grammar --table --folder results/study    # of what is there, here of what is recorded
     python benchmarks/study.py words --only psd psd-squared --frontier   # and at equal entropy
+    python benchmarks/study.py words --table --baseline psd-squared      # beside the peers' recipe
 
 Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
-and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than PSD from the same
-stage 1, since seeds of stage 1 differ more than losses do, and with --frontier that at equal entropy too, to which SWEEP brings the lower.
-Flags and numbers are in the runs' own config.json, evaluation.json and frontier.json.
+and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than --baseline
+from the same stage 1, since seeds of stage 1 differ more than losses do, and with --frontier that at equal entropy too, to which SWEEP
+brings the lower. Flags and numbers are in the runs' own config.json, evaluation.json and frontier.json.
 """
 
 import json
@@ -159,23 +160,24 @@ def at_equal_entropy(study, run, other):
     return found
 
 
-def compare(study, found):
+def compare(study, found, baseline="psd"):
     """The table's rows: each score of each run over seeds, and the first one beside the baseline's of the same seed.
 
-    The baseline of stage 2 is PSD, of stage 1 the paper's schedule. A share grammatical is compared by its difference, a perplexity by its ratio.
+    `baseline` is that of stage 2, of stage 1 it is the paper's schedule. A share grammatical is compared by its difference,
+    a perplexity by its ratio.
     """
     first, rows = study["scores"][0], []
     sign, beside = ("/", lambda a, b: a / b) if first == "gen_ppl" else ("-", lambda a, b: a - b)
     by_name = {name: {run["seed"]: run for run in found if run["run"] == name} for name in [*STAGE1, *STAGE2]}
     for name, runs in by_name.items():
-        baseline = "diagonal" if name in STAGE1 else "psd"
-        pairs = [(run, by_name[baseline][seed]) for seed, run in runs.items() if seed in by_name[baseline]] if name != baseline else []
+        base = "diagonal" if name in STAGE1 else baseline
+        pairs = [(run, by_name[base][seed]) for seed, run in runs.items() if seed in by_name[base]] if name != base else []
         values = {score: [{nfe: row[score] for nfe, row in run["scores"].items()} for run in runs.values()] for score in study["scores"]}
-        values[f"{first} {sign} {baseline}"] = [
+        values[f"{first} {sign} {base}"] = [
             {nfe: beside(row[first], other["scores"][nfe][first]) for nfe, row in run["scores"].items()
              if None not in (row[first], other["scores"][nfe][first])} for run, other in pairs
         ]  # fmt: skip
-        values[f"{first} {sign} {baseline}, equal entropy"] = [
+        values[f"{first} {sign} {base}, equal entropy"] = [
             {nfe: beside(*both) for nfe, both in sorted(at_equal_entropy(study, run, other).items())} for run, other in pairs
         ]
         rows += [
@@ -215,6 +217,7 @@ def main():
     every = [*STAGE1, *STAGE2]
     parser.add_argument("--only", nargs="+", choices=every, metavar="RUN", help="these runs, by name: " + "; ".join(every))
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="of all studies")
+    parser.add_argument("--baseline", choices=list(STAGE2), default="psd", help="the run that those of stage 2 are compared with, where it is there")
     parser.add_argument("--frontier", action="store_true", help="draw tokens at several temperatures too, for scores at equal entropy")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, as PNG")
@@ -226,7 +229,7 @@ def main():
     found = [run for run in gather(study, folder) if run["run"] in names]
     if not found:
         raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
-    print(table(compare(study, found)))
+    print(table(compare(study, found, args.baseline)))
     if args.plot:
         draw(study, found, args.plot)
         print(f"drawn to {args.plot}")
