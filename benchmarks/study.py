@@ -142,7 +142,7 @@ def gather(study, folder):
             "seed": int(path.parent.parent.name),
             "scores": scores,
             "bound": next((line["nats_a_token"] for line in evaluation["bound"]), None),
-            "frontier": {line["nfe"]: (line["entropies"], line["scores"]) for line in lines},
+            "frontier": {line["nfe"]: tuple(np.array(line[key], float) for key in ("entropies", "scores")) for line in lines},
         }
         found.append(run)
     return found
@@ -193,20 +193,30 @@ def compare(study, found, baseline="psd"):
 
 
 def draw(study, found, path):
-    """The first score against NFE: a line a run, the mean over seeds, with a band from the smallest to the largest."""
+    """The first score against NFE: a line a run, the mean over seeds, with a band from the smallest to the largest.
+
+    Beside it, for each NFE that was swept, that score against entropy, a line a seed.
+    """
     pyplot, first = load_pyplot(), study["scores"][0]
-    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    swept = sorted({nfe for run in found for nfe in run["frontier"]})
+    figure, panels = pyplot.subplots(1, 1 + len(swept), figsize=(6 + 2.5 * len(swept), 3.8), layout="constrained", sharey=True, squeeze=False)
+    axes, *others = panels[0]
     for name in dict.fromkeys([*STAGE1, *STAGE2]):
-        runs = [run["scores"] for run in found if run["run"] == name]
+        runs = [run for run in found if run["run"] == name]
         if runs:
-            nfe = sorted(runs[0])
-            values = [[scores[n][first] for scores in runs] for n in nfe]
+            nfe = sorted(runs[0]["scores"])
+            values = [[run["scores"][n][first] for run in runs] for n in nfe]
             (line,) = axes.plot(nfe, [sum(v) / len(v) for v in values], "--" if name in STAGE1 else "-", marker=".", label=name)
             axes.fill_between(nfe, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=line.get_color(), linewidth=0)
+            for n, beside in zip(swept, others, strict=True):
+                for entropies, scores in (run["frontier"][n] for run in runs if n in run["frontier"]):
+                    beside.plot(entropies, np.exp(scores) if first == "gen_ppl" else scores, marker=".", linewidth=0.8, color=line.get_color())
+                beside.set(xlabel="entropy", title=f"{n} NFE")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="network evaluations", ylabel=first.replace("_", " "), yscale="log" if first == "gen_ppl" else "linear")
     axes.legend(frameon=False, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
+    for panel in (axes, *others):
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")
 
 
