@@ -88,7 +88,8 @@ STUDIES = {
         "both": "--dtype bfloat16 --compile --batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
         "stage1": "--size tiny --steps 2000 --warmup 100 --cooldown 1700 --lr 2e-3",
         "stage2": "--steps 250 --warmup 50 --cooldown 200 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--dtype bfloat16 --nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 128 --bleu-samples 0 --judge runs/judge-bpe --judge-batch 64",
+        "evaluate": "--dtype bfloat16 --nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 128 --bleu-samples 0 "
+        "--judge runs/judge-bpe --judge-batch 64",
         "scores": ["gen_ppl", "entropy", "distinct_4"],
     },
 }
