@@ -154,7 +154,7 @@ def at_equal_entropy(study, run, other):
     found, text = {}, study["scores"][0] == "gen_ppl"
     for nfe in run["frontier"].keys() & other["frontier"].keys():
         target = max(r["scores"][nfe]["entropy"] for r in (run, other))
-        sweeps = ([np.array(part)[:, None] for part in r["frontier"][nfe]] for r in (run, other))
+        sweeps = ([part[:, None] for part in r["frontier"][nfe]] for r in (run, other))
         values = [float(at_entropy(*sweep, target, np.fmax if text else np.fmin)[0]) for sweep in sweeps]
         if np.isfinite(values).all():
             found[nfe] = tuple(np.exp(values) if text else values)
@@ -201,7 +201,7 @@ def draw(study, found, path):
     pyplot, first = load_pyplot(), study["scores"][0]
     swept = sorted({nfe for run in found for nfe in run["frontier"]})
     figure, panels = pyplot.subplots(1, 1 + len(swept), figsize=(6 + 2.5 * len(swept), 3.8), layout="constrained", sharey=True, squeeze=False)
-    axes, *others = panels[0]
+    axes, beside = panels[0, 0], dict(zip(swept, panels[0, 1:], strict=True))
     for name in dict.fromkeys([*STAGE1, *STAGE2]):
         runs = [run for run in found if run["run"] == name]
         if runs:
@@ -209,14 +209,14 @@ def draw(study, found, path):
             values = [[run["scores"][n][first] for run in runs] for n in nfe]
             (line,) = axes.plot(nfe, [sum(v) / len(v) for v in values], "--" if name in STAGE1 else "-", marker=".", label=name)
             axes.fill_between(nfe, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=line.get_color(), linewidth=0)
-            for n, beside in zip(swept, others, strict=True):
-                for entropies, scores in (run["frontier"][n] for run in runs if n in run["frontier"]):
-                    beside.plot(entropies, np.exp(scores) if first == "gen_ppl" else scores, marker=".", linewidth=0.8, color=line.get_color())
-                beside.set(xlabel="entropy", title=f"{n} NFE")
+            for n, (entropies, scores) in (sweep for run in runs for sweep in run["frontier"].items()):
+                beside[n].plot(entropies, np.exp(scores) if first == "gen_ppl" else scores, marker=".", linewidth=0.8, color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.set(xlabel="network evaluations", ylabel=first.replace("_", " "), yscale="log" if first == "gen_ppl" else "linear")
     axes.legend(frameon=False, fontsize="small")
-    for panel in (axes, *others):
+    for n, panel in beside.items():
+        panel.set(xlabel="entropy", title=f"{n} NFE")
+    for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")
 
@@ -231,7 +231,7 @@ def main():
     parser.add_argument("--baseline", choices=list(STAGE2), default="psd", help="the run that those of stage 2 are compared with, where it is there")
     parser.add_argument("--frontier", action="store_true", help="draw tokens at several temperatures too, for scores at equal entropy")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, as PNG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, and entropy where that was swept, as PNG")
     args = parser.parse_args()
     check_output("--plot", args.plot, [])
     study, folder, names = STUDIES[args.study], args.folder / args.study, dict.fromkeys(["diagonal", *(args.only or every)])
