@@ -154,7 +154,7 @@ def at_equal_entropy(study, run, other):
     found, text = {}, study["scores"][0] == "gen_ppl"
     for nfe in run["frontier"].keys() & other["frontier"].keys():
         target = max(r["scores"][nfe]["entropy"] for r in (run, other))
-        sweeps = ([part[:, None] for part in r["frontier"][nfe]] for r in (run, other))
+        sweeps = ([np.array(part)[:, None] for part in r["frontier"][nfe]] for r in (run, other))
         values = [float(at_entropy(*sweep, target, np.fmax if text else np.fmin)[0]) for sweep in sweeps]
         if np.isfinite(values).all():
             found[nfe] = tuple(np.exp(values) if text else values)
