@@ -1,42 +1,44 @@
 """Stage 2: distil a trained diagonal into a flow map that jumps, by self-consistency.
 
-    python distill.py --loss esd                        # from the run that train_diagonal.py writes by default
+    python distill.py --loss esd                    # from the run that train_diagonal.py writes
     torchrun --nproc_per_node=8 distill.py --loss psd
-    python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 256
-    python distill.py --loss esd --joint                # both losses at once, from scratch
+    python distill.py --data data/grammar --loss lsd --target signed --steps 1000 --warmup 100 \\
+        --batch-size 128
+    python distill.py --loss esd --joint            # both losses at once, from scratch
 
-Reads data/NAME and a stage-1 checkpoint. Writes runs/NAME-LOSS/ as stage 1 does: config.json, log.jsonl,
-checkpoint.pt. Half of the rows go on learning the diagonal (21), the others learn one identity of the
-mean denoiser, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant:
+Reads a data set and a stage-1 checkpoint. Writes runs/NAME-LOSS/ as stage 1 does. Half of the rows
+go on learning the diagonal (21). The others learn one identity of the mean denoiser, by minimising
+KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant:
 
-    psd   the semigroup, two jumps make one      psi_st = omega psi_su + (1 - omega) psi_ut(X_su)         (23, 64)
-    lsd   the Lagrangian, d/dt                   psi_st = softmax(z_tt(X_st) - log(1 + C delta))          (24, 29)
-    esd   the Eulerian, D_s along the flow       psi_st = softmax(z_ss - log(1 - delta / kappa))          (25, 33)
+    psd   semigroup     psi_st = omega psi_su + (1 - omega) psi_ut(X_su)            (23, 64)
+    lsd   Lagrangian    psi_st = softmax(z_tt(X_st) - log(1 + C delta))             (24, 29)
+    esd   Eulerian      psi_st = softmax(z_ss - log(1 - delta / kappa))             (25, 33)
 
-The embedding W stays as stage 1 left it, so that student and teacher see the same y = x W.
+delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C and kappa are in
+model.Interpolant. The instantaneous denoiser psi_ss or psi_tt comes from the frozen stage 1, whose
+embedding W the student keeps, so both see the same y = x W. With --joint it is the student's own.
 """
 
+import argparse
 import copy
 import functools
-import hashlib
-from argparse import BooleanOptionalAction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import DIVERGENCES, Divergence, entropy, head_loss, kl, load_model, lowered, signed, softmax, wide
-from prepare_data import Parser, UserError, number, read_meta, run, same_tokens
+from model import Divergence, entropy, head_loss, load_model, lowered, softmax, weights_digest, wide
+from prepare_data import fraction, read_meta, same_tokens
 from train_diagonal import (
     by_context,
-    check_context,
+    check_run,
     context_flags,
     diagonal,
     model_flags,
     new_model,
+    new_parser,
     parse_training_args,
-    quarters,
     start_ranks,
     train,
     training_flags,
@@ -47,10 +49,10 @@ from train_diagonal import (
 
 
 class Jump(NamedTuple):
-    """Times s <= u <= t of the path, (B, 1) or (B, L), and the rates of s and t: their derivatives in progress.
+    """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
-    One time shared by all positions has rate 1. Where each position has its own (38), D_s and d/dt are
-    the derivatives along the common progress, so position l's identity carries its own rate.
+    If all positions share one time the rates ds and dt are 1. If each has its own (38), D_s and
+    d/dt are derivatives along the row's common progress, so each position has a rate (mean 1).
     """
 
     s: torch.Tensor
@@ -62,338 +64,410 @@ class Jump(NamedTuple):
     @classmethod
     def between(cls, model, s, u, t):
         """From progress s <= u <= t, float64 (B, 1) each."""
-        (s, ds), (u, _), (t, dt) = (model.times_and_rates(tau) for tau in (s, u, t))
+        s, ds = model.times_and_rates(s)
+        u, _ = model.times_and_rates(u)
+        t, dt = model.times_and_rates(t)
         return cls(s, u, t, ds, dt)
 
 
-def draw_progress(draw, boundary, law="uniform", to_data=False):
-    """Progress s <= u <= t, float64 (B, 1) each: a step by `law`, its start uniform (to_data: t = 1), u half-way.
+def draw_progress(draw, boundary, to_data=False):
+    """Progress s <= u <= t, float64 (B, 1) each: a uniform step, its start uniform, u half-way.
 
-    law: the step is uniform on (0.001, 1), or that between a "pair" of uniform times (at s = t nothing
-    would be learned, and the semigroup is 0/0). A share `boundary` of the rows goes all the way from noise to data.
+    A share `boundary` of the rows jumps all the way from noise to data. to_data: every jump ends at
+    data. No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0.
     """
     step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
-    step = 0.001 + 0.999 * {"uniform": step, "pair": 1 - (1 - step).sqrt()}[law]
-    step = torch.where(edge < boundary, 1.0, step)
+    step = torch.where(edge < boundary, 1.0, 0.001 + 0.999 * step)
     s = 1 - step if to_data else start * (1 - step)
     return s, s + step / 2, s + step
 
 
 # ------------------------------------------------------------------------------------------------
-# The teachers. Each takes (model, teacher, y, jump, args) and returns the student's hidden vectors h_st
-# (B, L, D), with their graph, and a Divergence for model.head_loss, whose target is a constant.
-# `teacher` gives the instantaneous denoiser: the frozen stage-1 network, the average, or the student itself.
+# The teachers: (model, teacher, y, jump, args) -> (h_st of the student (B, L, D) with its graph,
+# a Divergence whose target is a constant of the gradient). `teacher` gives the instantaneous
+# denoiser. A new loss is a new entry of TEACHERS; its defaults are those of esd.
 
 
 def psd(model, teacher, y, jump, args):
-    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64); the student teaches itself."""
-    s, u, t = jump[:3]
+    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64).
+
+    The student is its own teacher, because the identity has no instantaneous term.
+    """
+    s, u, t = jump.s, jump.u, jump.t
     with torch.no_grad():
         h_su = model(y, s, u)
         X_su = model.path.flow_map(y, model.soft_embedding(h_su), s, u)
-        h_ut = model(X_su, u, t).flatten(0, 1)
-        h_su = h_su.flatten(0, 1)
-        omega = a_row_each(model.path.omega(s, u, t), y)
-    return model(y, s, t), Divergence(DIVERGENCES[args.divergence](semigroup), (h_su, h_ut, omega), (lowered(model.head),))
+        h_ut = model(X_su, u, t)
+    omega = per_row(model.path.omega(s, u, t), y)
+    by_row = h_su.flatten(0, 1), h_ut.flatten(0, 1), omega
+    loss = DIVERGENCES[args.divergence](semigroup)
+    return model(y, s, t), Divergence(loss, by_row, (lowered(model.head),))
 
 
 def semigroup(z, h_su, h_ut, omega, head):
-    """omega psi_su + (1 - omega) psi_ut, from hidden vectors; the student's own logits z play no part."""
-    psi_su, psi_ut = (softmax(wide(h @ head.T)) for h in (h_su, h_ut))
+    """The target omega psi_su + (1 - omega) psi_ut; the student's own logits z play no part."""
+    psi_su = softmax(h_su @ head.T)
+    psi_ut = softmax(h_ut @ head.T)
     return psi_su.mul_(omega).addcmul_(psi_ut, 1 - omega), {}
 
 
 def lsd(model, teacher, y, jump, args):
-    """Lagrangian: psi_st = psi_tt(X_st) - C d/dt psi_st (24, 29, 68), the derivative along the progress of t."""
-    s, _, t, _, dt = jump
-    h, dh = model.derivative(y, s, t, dt=dt)
+    """Lagrangian: psi_st = psi_tt(X_st) - C d/dt psi_st (24, 29, 68)."""
+    s, t = jump.s, jump.t
+    h, dh = model.derivative(y, s, t, dt=jump.dt)
     with torch.no_grad():
         X_st = model.path.flow_map(y, model.soft_embedding(h), s, t)
         h_tt = teacher(X_st, t, t)
     C = model.path.C(s, t)
-    return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / dt, args)
+    return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / jump.dt, args)
 
 
 def esd(model, teacher, y, jump, args):
-    """Eulerian: psi_st = psi_ss + D_s psi_st / kappa (25, 33, 43, 70), the derivative along the flow."""
-    s, _, t, ds, _ = jump
+    """Eulerian: psi_st = psi_ss + D_s psi_st / kappa (25, 33, 43, 70), D_s along the flow."""
+    s, t = jump.s, jump.t
     with torch.no_grad():
         h_ss = teacher(y, s, s)
         drift = model.path.drift(y, teacher.soft_embedding(h_ss), s)  # b_s(y)
-    h, dh = model.derivative(y, s, t, dy=ds[..., None] * drift, ds=ds)
-    a, b = model.path.eulerian(s, t)
-    return h, corrected(model, teacher, h_ss, dh, a, -b / ds, args)
-
-
-def corrected(model, teacher, h, dh, a, b, args):
-    """The divergence from the identity a (psi_st - psi) + b d psi_st = 0, psi = softmax(h, by the teacher's head).
-
-    dz is the derivative of the student's logits, so d psi_st = psi_st delta, delta = dz - <psi_st, dz>. Two
-    forms with the same fixed point (args.target), h and dh (B, L, D), a and b (B, 1 or L):
-
-        logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution. For the true map the
-                 log's argument is positive; for a network it need not be, so it is kept above args.clamp (a + |b|),
-                 and the share of clamped entries is reported.
-        signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, no clamp, and no 0/0 at t = 1. For ESD this
-                 is the target damped towards the prediction: q = a psi_ss + (1 - a) psi_st + (t - s) psi_st delta,
-                 a = (1 - t)/(1 - s), on the linear path.
-    """
-    by_row = h.flatten(0, 1), dh.flatten(0, 1), a_row_each(a, h), a_row_each(b, h)
-    heads = lowered(teacher.head), lowered(model.head)
-    if args.target == "signed":
-        return Divergence(signed(residual), by_row, heads)
-    return Divergence(DIVERGENCES[args.divergence](corrected_logits), by_row, (*heads, args.clamp))
-
-
-def derivatives(z, h, dh, teacher_head, head):
-    """The teacher's logits, psi_st and delta, (n, V) each."""
-    z_teacher, dz, psi_st = wide(h @ teacher_head.T), wide(dh @ head.T), softmax(z)
-    return z_teacher, psi_st, dz.sub_(torch.linalg.vecdot(psi_st, dz)[:, None])
-
-
-def corrected_logits(z, h, dh, a, b, teacher_head, head, clamp):
-    """The "logit" form of `corrected`: (q, {"clamped": share})."""
-    z_teacher, _, delta = derivatives(z, h, dh, teacher_head, head)
-    argument, floor = delta.mul_(b).add_(a), clamp * (a + b.abs())
-    clamped = (argument < floor).sum(-1) / argument.shape[-1]
-    return softmax(z_teacher.sub_(argument.clamp_(min=floor).log_())), {"clamped": clamped}
-
-
-def residual(z, h, dh, a, b, teacher_head, head):
-    """The "signed" form of `corrected`: (p - q, report)."""
-    z_teacher, psi_st, delta = derivatives(z, h, dh, teacher_head, head)
-    psi = softmax(z_teacher)
-    return a * (psi_st - psi) + b * psi_st * delta, {"teacher_entropy": entropy(psi)}
-
-
-def a_row_each(value, y):
-    """Times or coefficients (B, 1 or L) as a column (B L, 1) beside the rows of y (B, L, *)."""
-    return value.expand(y.shape[:2]).reshape(-1, 1)
+    h, dh = model.derivative(y, s, t, dy=jump.ds[..., None] * drift, ds=jump.ds)
+    gamma, gamma_over_kappa = model.path.eulerian(s, t)
+    return h, corrected(model, teacher, h_ss, dh, gamma, -gamma_over_kappa / jump.ds, args)
 
 
 TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 
 
+def corrected(model, teacher, h_teacher, dh, a, b, args):
+    """The divergence from the identity a (psi_st - psi) + b d psi_st = 0.
+
+    psi and its logits z are the teacher's, from h_teacher (B, L, D). dh (B, L, D) is the derivative
+    of the student's h, so d psi_st = psi_st delta, delta = dz - <psi_st, dz>. a, b: (B, 1 or L).
+    For LSD psi = psi_tt(X_st), a = 1, b = C; for ESD psi = psi_ss, a = Gamma_st and
+    b = -Gamma_st / kappa. Dividing by psi_st gives psi_st = psi / (a + b delta), up to a factor.
+    Two forms with the same fixed point:
+
+        logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution.
+        signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, finite at t = 1.
+
+    LSD is better conditioned in the signed form: its logit form divides a vanishing psi_tt by a
+    vanishing 1 + C delta for every token that time t has ruled out.
+    """
+    by_row = h_teacher.flatten(0, 1), dh.flatten(0, 1), per_row(a, dh), per_row(b, dh)
+    heads = lowered(teacher.head), lowered(model.head)
+    if args.target == "signed":
+        return Divergence(signed, by_row, heads)
+    return Divergence(DIVERGENCES[args.divergence](corrected_logits), by_row, heads)
+
+
+def derivatives(z, h_teacher, dh, teacher_head, head):
+    """The teacher's logits, psi_st and delta, (n, V) each."""
+    dz = wide(dh @ head.T)
+    psi_st = softmax(z)
+    delta = dz.sub_(torch.linalg.vecdot(psi_st, dz)[:, None])
+    return wide(h_teacher @ teacher_head.T), psi_st, delta
+
+
+CLAMP = 1e-5  # floor of the logarithm's argument, relative to a + |b|
+
+
+def corrected_logits(z, h_teacher, dh, a, b, teacher_head, head):
+    """The "logit" form of `corrected`: (q, {"clamped": share of the vocabulary}).
+
+    For the true flow map the argument of the logarithm is positive. For a network it need not be;
+    the share that is clamped is the best health signal of a run.
+    """
+    z_teacher, _, delta = derivatives(z, h_teacher, dh, teacher_head, head)
+    argument = delta.mul_(b).add_(a)
+    floor = CLAMP * (a + b.abs())
+    clamped = (argument < floor).sum(-1) / argument.shape[-1]
+    return softmax(z_teacher.sub_(argument.clamp_(min=floor).log_())), {"clamped": clamped}
+
+
+def per_row(value, y):
+    """Times or coefficients (B, 1 or L) as a column (B L, 1) for the rows of y (B, L, D)."""
+    return value.expand(y.shape[:2]).reshape(-1, 1)
+
+
 # ------------------------------------------------------------------------------------------------
-# The objective of stage 2: the diagonal on some rows, consistency on the others.
+# Divergences between a target and psi_st = softmax(z), as model.head_loss takes them: each returns
+# (report, gradient on the logits). `target` is a function (z, *inputs) -> (q (n, V), report). The
+# cache gives torch.compile the same function at every step.
+
+
+@functools.cache
+def kl(target):
+    """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
+
+    def divergence(z, *inputs):
+        q, report = target(z, *inputs)
+        log_p = z.log_softmax(-1)
+        teacher_entropy = entropy(q)
+        loss = -teacher_entropy - torch.linalg.vecdot(q, log_p)
+        g = log_p.exp_().sub_(q)
+        report |= {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1)}
+        return report | {"teacher_entropy": teacher_entropy}, g
+
+    return divergence
+
+
+@functools.cache
+def square(target):
+    """|q - psi|^2 / 2, the closest peers' loss; its gradient is psi (d - <psi, d>), d = psi - q."""
+
+    def divergence(z, *inputs):
+        q, report = target(z, *inputs)
+        p = softmax(z)
+        d = p - q
+        distance = torch.linalg.vector_norm(d, dim=-1)
+        report |= {"loss": distance.square() / 2, "distance": distance}
+        g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
+        return report | {"teacher_entropy": entropy(q)}, g
+
+    return divergence
+
+
+DIVERGENCES = {"kl": kl, "square": square}
+
+
+def signed(z, h_teacher, dh, a, b, teacher_head, head):
+    """The "signed" form of `corrected`: the gradient on the logits is the identity's residual.
+
+    Its target may have negative entries, so it has no KL. The loss that is reported, and that the
+    learned weight sees, is |p - q|^2 / 2.
+    """
+    z_teacher, psi_st, delta = derivatives(z, h_teacher, dh, teacher_head, head)
+    psi = softmax(z_teacher)
+    g = a * (psi_st - psi) + b * psi_st * delta
+    distance = torch.linalg.vector_norm(g, dim=-1)
+    report = {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(psi)}
+    return report, g
+
+
+# ------------------------------------------------------------------------------------------------
+# The objective of stage 2: the diagonal on some rows, consistency on the others (16).
 
 
 def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
-    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or what args asks for in its place, weighted by (45) with c = 1e-6, then by exp(-w).
+    """The identity's loss, KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) by default.
 
-    loss: a key of TEACHERS. to_data: all jumps end at data, and w = 0: it is learnt of the other rows, whose losses have another size.
+    It has two weights: the adaptive one (45) with c = 1e-6, and a learned w, which turns the loss
+    into exp(-w) loss + w and is a function of s for PSD, of (s, t) for LSD and ESD.
+    loss: a key of TEACHERS. to_data: all jumps end at data, and the learned weight is off: it was
+    fitted to rows on another loss scale.
     """
     B, L = tokens.shape
-    progress = draw_progress(draw, args.boundary, args.step_law, to_data)
-    jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in Jump.between(model, *progress)))
+    jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
+    jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in jump))
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, jump.s)
     h, divergence = TEACHERS[loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
     if args.learned_weight and not to_data:
-        w = model.log_weight(jump.s, jump.s if loss == "psd" else jump.t).float()
+        second_time = jump.s if loss == "psd" else jump.t
+        w = model.log_weight(jump.s, second_time).float()
     w = w.expand(B, L).flatten()
     scale = torch.exp(-w.detach()) / (B * L)
-    total, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=args.consistency_power, compiled=model.compiled)
-    # exp(-w) sg[loss] + w: its gradient on w; the value of its first part is in `total` already
+    power = args.consistency_power
+    total, report = head_loss(
+        h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=power, compiled=model.compiled
+    )
+    # `total` has the value of exp(-w) loss but no gradient on w. The first two terms here cancel
+    # in value and carry that gradient; the last is the + w.
     learned = torch.exp(-w) * report.pop("weighted")
-    squared = args.divergence == "square" or (args.target == "signed" and loss != "psd")
-    name = "consistency_square" if squared else "consistency_kl"
-    report[name] = report.pop("loss")
-    bins = quarters(name, report[name], progress[-1])
-    return {"consistency": total + (learned - learned.detach() + w).mean()}, {name: value.mean() for name, value in report.items()} | bins
+    total = total + (learned - learned.detach() + w).mean()
+    is_square = args.divergence == "square" or divergence.function is signed
+    report["consistency_square" if is_square else "consistency_kl"] = report.pop("loss")
+    return {"consistency": total}, {name: value.mean() for name, value in report.items()}
 
 
-def from_stage1(model, stage1, tokens, draw, power, guidance):
-    """The diagonal learnt from the frozen stage 1's, not from the data: KL(sg[q] || psi_tt(x_t; c)), weighted by (45), in place of (22).
+def diagonal_from_stage1(model, stage1, tokens, draw, args):
+    """The diagonal learned from stage 1: KL(sg[q] || psi_tt(x_t)) instead of (22).
 
-    q is stage 1's own psi_tt, whose gradient is far less noisy than a token's, or, where guidance is not 1, its guided
-    one: then the flow map that is consistent with it needs one network call a step where two-branch guidance needs two.
+    q is stage 1's own psi_tt, a far less noisy target than a token. With args.guidance it is the
+    guided one, and the flow map that is consistent with it needs one network call a step where
+    guidance needs two.
     """
 
     @torch.no_grad()
     def target(y, t):
-        head, h = (lowered(stage1.head),), stage1(y, t, t).flatten(0, 1)
-        if guidance == 1:
-            return Divergence(kl(instantaneous), (h,), head)
+        head = lowered(stage1.head)
+        h = stage1(y, t, t).flatten(0, 1)
+        if args.guidance == 1:
+            return Divergence(kl(instantaneous), (h,), (head,))
         h_0 = stage1.alone()(y, t, t).flatten(0, 1)
-        return Divergence(kl(guided), (h, h_0, torch.full((len(h), 1), guidance, device=h.device)), head)
+        return Divergence(kl(guided), (h, h_0), (args.guidance, head))
 
-    return diagonal(model, tokens, draw, power, target)
+    return diagonal(model, tokens, draw, args.diagonal_power, target)
 
 
 def instantaneous(z, h, head):
     """q = psi, from the hidden vectors of stage 1."""
-    return softmax(wide(h @ head.T)), {}
+    return softmax(h @ head.T), {}
 
 
 def guided(z, h_c, h_0, omega, head):
-    """q = psi + omega (psi(c) - psi) (section 4.2), brought back to the simplex: no token below 0, and scaled to sum to 1.
+    """q = psi_0 + omega (psi_c - psi_0) (section 4.2), brought back to the simplex.
 
-    For omega > 1 the sum itself can have negative entries, which no softmax can meet: the logits would fall for ever.
+    For omega > 1 the sum can have negative entries, which no logits can give. They are set to 0,
+    and the rest is scaled to sum to 1.
     """
-    psi_c, psi_0 = (softmax(wide(h @ head.T)) for h in (h_c, h_0))
+    psi_c = softmax(h_c @ head.T)
+    psi_0 = softmax(h_0 @ head.T)
     q = (psi_0 + omega * (psi_c - psi_0)).clamp(min=0)
     return q / q.sum(-1, keepdim=True), {}
 
 
-def distillation(args, teacher, stage1=None):
-    """The objective of stage 2; `teacher` None means the student itself. stage1: that network, frozen, for --diagonal-from stage1."""
-    first, networks = functools.partial(diagonal, power=args.diagonal_power), []
-    if args.diagonal_from == "stage1":
-        first, networks = functools.partial(from_stage1, power=args.diagonal_power, guidance=args.guidance), [stage1]
-    second = functools.partial(consistency, args=args, loss=args.loss)
-    third = functools.partial(consistency, args=args, loss="psd", to_data=True)
+def distillation(args, stage1=None):
+    """The objective of stage 2. stage1: the frozen network, or None where nothing needs it."""
 
     def objective(model, tokens, draw):
         on_diagonal, index = spread(draw.rows, args.diagonal_share)
         to_data = ~on_diagonal & spread(index, args.psd_share)[0]
 
-        def part(mask, loss, *networks):
+        def on_rows(mask, loss, *networks):
             rows = torch.from_numpy(np.flatnonzero(mask)).to(tokens.device, non_blocking=True)
             return by_context(loss, networks, tokens[rows], draw.part(mask), args)
 
-        losses, report = part(on_diagonal, first, model, *networks)
-        more_losses, more = part(~on_diagonal & ~to_data, second, model, teacher or model)
-        losses, report = losses | more_losses, report | more
+        if args.diagonal_from == "stage1":
+            first = functools.partial(diagonal_from_stage1, args=args)
+            losses, scalars = on_rows(on_diagonal, first, model, stage1)
+        else:
+            first = functools.partial(diagonal, power=args.diagonal_power)
+            losses, scalars = on_rows(on_diagonal, first, model)
+        second = functools.partial(consistency, args=args, loss=args.loss)
+        teacher = model if stage1 is None or args.loss == "psd" else stage1
+        more, report = on_rows(~on_diagonal & ~to_data, second, model, teacher)
+        losses |= more
+        scalars |= report
         if args.psd_share:
-            end, more = part(to_data, third, model, model)
-            losses["consistency"] = (1 - args.psd_share) * losses["consistency"] + args.psd_share * end["consistency"]
-            report |= {f"to_data_{name}": value for name, value in more.items()}
-        return losses, report
+            third = functools.partial(consistency, args=args, loss="psd", to_data=True)
+            end, report = on_rows(to_data, third, model, model)
+            rest = (1 - args.psd_share) * losses["consistency"]
+            losses["consistency"] = rest + args.psd_share * end["consistency"]
+            scalars |= {f"to_data_{name}": value for name, value in report.items()}
+        return losses, scalars
 
     return objective
 
 
 def spread(rows, share):
-    """(whether each of `rows` is one of a share of them, its index among the others): by index and evenly, so that a run of rows has its share.
+    """(which of `rows` are in an evenly spread share of all rows, their index among the others).
 
-    rows: int array (n,), indices into the global batch. So the micro-batch and the number of ranks change nothing.
+    rows: int array (n,), indices into the global batch. A run of rows gets its share of each kind,
+    so micro-batches and ranks change nothing.
     """
-    before, after = (np.floor((rows + k) * share + 1e-9).astype(int) for k in (0, 1))
+    before = np.floor(rows * share + 1e-9).astype(int)
+    after = np.floor((rows + 1) * share + 1e-9).astype(int)
     return after > before, rows - before
 
 
-FIXED = ("size", "schedule", "schedule_blend", "position_lag", "interpolant", "context", "block_size", "context_dropout")  # by stage 1
+# ------------------------------------------------------------------------------------------------
+
+# What stage 1 has fixed; distill.py takes these flags with --joint alone.
+FIXED = (
+    "size schedule schedule_blend position_lag interpolant context block_size context_dropout"
+).split()
 
 
 def check_flags(parser, args):
-    """Fill in the defaults that depend on --loss and --joint; UserError for flags that contradict each other."""
-    if args.divergence == "reverse-kl" and args.loss != "psd":
-        raise UserError(f"--divergence reverse-kl goes with --loss psd: the teacher of {args.loss} is built for the forward KL")
-    if args.divergence != "kl" and args.target == "signed":
-        raise UserError(f"--divergence {args.divergence}: a signed target is no distribution, and has none; leave out one of the two")
-    if args.loss == "psd" and args.target != "logit":
-        raise UserError(f"--target {args.target}: the teacher of psd is a distribution as it is; leave it out")
-    if args.clamp != parser.get_default("clamp") and (args.loss == "psd" or args.target == "signed"):
-        raise UserError(f"--clamp {args.clamp:g} is of LSD's and ESD's logit target, which takes a logarithm; leave it out")
-    if args.loss == "psd" and args.teacher:
-        raise UserError(f"--teacher {args.teacher}: psd has no instantaneous term, it takes no such teacher; leave it out")
-    if args.joint:
-        if args.checkpoint:
-            raise UserError("--joint trains from scratch and --checkpoint names a start; give one of them")
-        if args.teacher not in (None, "self"):
-            raise UserError(f"--teacher {args.teacher}: with --joint the embedding is learned, which only the student shares; leave it out")
-    else:
-        given = [name for name in FIXED if getattr(args, name) != parser.get_default(name)]
-        if given:
-            raise UserError(
-                f"--{given[0].replace('_', '-')} is fixed by the stage-1 checkpoint; give it to train_diagonal.py, or train from scratch with --joint"
-            )
-    if args.guidance != 1 and (args.joint or (args.loss != "psd" and args.teacher not in ("self", "ema"))):
-        raise UserError(f"--guidance {args.guidance:g} needs a stage 1 and a map that teaches itself: --loss psd, or --teacher self or ema")
-    if args.guidance != 1 and args.diagonal_from == "data":
-        raise UserError(f"--guidance {args.guidance:g}: the guided denoiser is stage 1's, no data have it; leave out --diagonal-from data")
-    if args.joint and args.diagonal_from == "stage1":
-        raise UserError("--diagonal-from stage1: with --joint there is no stage 1; leave it out")
-    args.diagonal_from = args.diagonal_from or ("data" if args.guidance == 1 else "stage1")
-    args.teacher = args.teacher or ("self" if args.joint or args.loss == "psd" else "frozen")
-    args.surgery = args.loss == "psd" if args.surgery is None else args.surgery
-    args.steps = args.steps or (1_000_000 if args.joint else 100_000)
-    args.out = args.out or Path("runs") / f"{args.data.name}-{args.loss}{'-joint' * args.joint}"
-    if args.psd_share and args.loss == "psd":
-        raise UserError(f"--psd-share {args.psd_share}: with --loss psd all rows are of psd; leave it out, or see --boundary")
+    """Fill in the defaults that depend on --loss and --joint; SystemExit for contradictions."""
+    if args.target is None:  # LSD's logit form is ill-conditioned, see `corrected`
+        args.target = "signed" if args.loss == "lsd" and args.divergence == "kl" else "logit"
+    if args.target == "signed" and (args.loss == "psd" or args.divergence == "square"):
+        raise SystemExit("--target signed needs --loss lsd or esd, without --divergence square")
+    if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
+        stage1_flags = "--checkpoint, --guidance and --diagonal-from stage1"
+        raise SystemExit(f"--joint has no stage 1 to start from: drop {stage1_flags}")
+    given = [name for name in FIXED if getattr(args, name) != parser.get_default(name)]
+    if given and not args.joint:
+        flag = "--" + given[0].replace("_", "-")
+        raise SystemExit(f"stage 1 has fixed {flag}: give it to train_diagonal.py, or add --joint")
+    if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):
+        raise SystemExit("--guidance needs --loss psd and --diagonal-from stage1")
     rows = args.micro_batch * args.diagonal_share
-    if round(rows, 6) % 1:
-        raise UserError(f"--micro-batch {args.micro_batch} x --diagonal-share {args.diagonal_share} is not a whole number of rows; change either")
-    if round((args.micro_batch - rows) * args.psd_share, 6) % 1:
-        raise UserError(f"--psd-share {args.psd_share} of the {args.micro_batch - rows:g} rows that are not diagonal is no whole number; change it")
+    if not 0 < args.diagonal_share < 1 or round(rows, 6) % 1:
+        found = f"--diagonal-share {args.diagonal_share} of --micro-batch {args.micro_batch}"
+        raise SystemExit(f"{found} must be a whole number of rows, not none and not all")
+    others = args.micro_batch - rows
+    if not 0 <= args.psd_share < 1 or round(others * args.psd_share, 6) % 1:
+        found = f"--psd-share {args.psd_share} of the {others:g} rows that are not diagonal"
+        raise SystemExit(f"{found} must be a whole number of rows, and not all")
+    if args.psd_share and args.loss == "psd":
+        raise SystemExit("--psd-share goes with --loss lsd or esd: with psd all rows are PSD rows")
+    if args.diagonal_from is None:
+        args.diagonal_from = "data" if args.guidance == 1 else "stage1"
+    if args.surgery is None:
+        args.surgery = args.loss == "psd"
+    if args.steps is None:
+        args.steps = 1_000_000 if args.joint else 100_000
+    if args.out is None:
+        args.out = Path("runs") / f"{args.data.name}-{args.loss}{'-joint' if args.joint else ''}"
+
+
+def distillation_flags(parser):
+    """The flags of stage 2 alone."""
+    yes_no = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("distillation").add_argument
+    add("--loss", choices=list(TEACHERS), required=True, help="the identity to learn")
+    text = "stage 1: a checkpoint or a run's folder (default: runs/DATA-diagonal)"
+    add("--checkpoint", type=Path, help=text)
+    add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
+    text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
+    add("--target", choices=["logit", "signed"], help=text)
+    add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
+    text = "share of rows that learn the diagonal"
+    add("--diagonal-share", type=fraction, default=0.5, help=text)
+    text = "what they learn: the clean tokens, or stage 1's denoiser (default: data)"
+    add("--diagonal-from", choices=["data", "stage1"], help=text)
+    text = "of lsd and esd: share of the other rows that learn the semigroup, by jumps to data"
+    add("--psd-share", type=fraction, default=0.0, help=text)
+    text = "share of the other rows that jump all the way from noise to data"
+    add("--boundary", type=fraction, default=1 / 32, help=text)
+    text = "exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss"
+    add("--consistency-power", type=fraction, default=0.5, help=text)
+    text = "learn a weight of s (psd) or of s and t (lsd, esd)"
+    add("--learned-weight", action=yes_no, default=True, help=text)
+    add("--surgery", action=yes_no, help="project conflicting gradients (default: with psd)")
+    text = "distil the map guided by this weight: 1 is plain; needs stage 1 trained with --context"
+    add("--guidance", type=float, default=1.0, help=text)
+
+
+def load_stage1(args, meta):
+    """The student, a copy of stage 1 with its embedding frozen; fills in the flags it has fixed."""
+    path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
+    model, checkpoint = load_model(path)
+    same_tokens(path, checkpoint["meta"], args.data, meta)
+    for key in FIXED:
+        setattr(args, key, checkpoint["args"].get(key))
+    if args.guidance != 1 and not (args.context and args.context_dropout):
+        raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")
+    args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares it
+    model.train().requires_grad_(True)
+    model.embedding.requires_grad_(False)  # both networks must see the same y = x W
+    return model
 
 
 def main():
-    parser = Parser(prog="distill.py", description=__doc__)
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--loss", choices=list(TEACHERS), required=True, help="the identity to learn")
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="stage-1 checkpoint (default: runs/DATA-diagonal/checkpoint.pt)")
-    group.add_argument("--joint", action="store_true", help="no stage 1: train both losses from scratch, the embedding as well")
-    group.add_argument("--teacher", choices=["frozen", "ema", "self"],
-                       help="who gives LSD and ESD the instantaneous denoiser: stage 1 (the default), the averaged weights, the student")  # fmt: skip
-    group.add_argument("--target", choices=["logit", "signed"], default="logit",
-                       help="LSD's and ESD's target: a distribution by (29), (33), or the identity itself, which needs no logarithm")  # fmt: skip
-    group.add_argument("--clamp", type=number(float, 0, 1, above=True), default=1e-5, metavar="X",
-                       help="floor of what the logit target takes the logarithm of, psi_ss / psi_st up to a factor; it should be small for "
-                       "a rare token that the jump settles: a higher floor is less noise, and more bias to frequent tokens")  # fmt: skip
-    group.add_argument(
-        "--diagonal-share", type=number(float, 0, 0.99, above=True), default=0.5, metavar="X", help="share of rows that learn the diagonal"
-    )
-    group.add_argument("--diagonal-from", choices=["data", "stage1"],
-                       help="what those learn: the clean tokens (the default), or stage 1's denoiser (with --guidance, always): less noise, "
-                       "one pass more")  # fmt: skip
-    group.add_argument("--psd-share", type=number(float, 0, 0.99), default=0.0, metavar="X",
-                       help="with lsd and esd: share of the other rows that learn the semigroup instead, by jumps that end at data")  # fmt: skip
-    group.add_argument("--step-law", choices=["uniform", "pair"], default="uniform",
-                       help="length of a jump t - s, in progress: uniform, or as between two uniform times")  # fmt: skip
-    group.add_argument(
-        "--boundary", type=number(float, 0, 1), default=1 / 32, metavar="X", help="share of the other rows that jump from noise to data"
-    )
-    group.add_argument("--divergence", choices=list(DIVERGENCES), default="kl",
-                       help="kl: KL(teacher || psi); reverse-kl, for psd alone: KL(psi || teacher); square: |teacher - psi|^2 / 2")  # fmt: skip
-    group.add_argument("--consistency-power", type=number(float, 0, 1), default=0.5, metavar="R",
-                       help="exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss")  # fmt: skip
-    group.add_argument(
-        "--learned-weight",
-        action=BooleanOptionalAction,
-        default=True,
-        help="learn a weight of s (PSD) or of s and t (LSD, ESD; rows of --psd-share have none)",
-    )
-    group.add_argument("--guidance", type=number(float, 0), default=1.0, metavar="W",
-                       help="distil the map guided by this weight (0 ignores the context, 1 is plain); stage 1 must know contexts; "
-                       "with psd, or with --teacher self or ema")  # fmt: skip
-    group.add_argument("--surgery", action=BooleanOptionalAction, help="project conflicting gradients (default: with psd)")
+    parser = new_parser("distill.py", __doc__)
+    distillation_flags(parser)
     training_flags(parser, steps=None)
     context_flags(parser)
     model_flags(parser)
     args = parse_training_args(parser)
     check_flags(parser, args)
     meta = read_meta(args.data)
-    args.stage1 = None
-    if args.joint:
-        check_context(args, meta["seq_len"])
-        model = new_model(args, meta)
-    else:
-        args.checkpoint = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal" / "checkpoint.pt"
-        model, checkpoint = load_model(args.checkpoint)
-        same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta)
-        for key in FIXED:
-            setattr(args, key, checkpoint["args"].get(key))
-        if args.guidance != 1 and not (args.context and args.context_dropout):
-            raise UserError(f"--guidance {args.guidance:g}: {args.checkpoint} was trained without contexts, or never without one; "
-                            "train it with --context and --context-dropout")  # fmt: skip
-        args.stage1 = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-        model.train().requires_grad_(True).embedding.requires_grad_(False)
-    # A diagonal row costs 3 forward passes, the backward one counted as two. A PSD row costs two more, for
-    # psi_su and psi_ut; so does an LSD or ESD row, for the instantaneous term and the tangent of the dual pass.
-    # Stage 1's denoiser costs a diagonal row one more, its guided one two.
-    asked = (args.diagonal_from == "stage1") + (args.guidance != 1)
-    passes = (3 + asked) * args.diagonal_share + 5 * (1 - args.diagonal_share)
-    ema = copy.deepcopy(model)
-    with start_ranks(args) as ranks:
-        frozen = args.teacher == "frozen" or args.diagonal_from == "stage1"
-        stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False) if frozen else None
-        if stage1 and args.compile:
+    model = new_model(args, meta) if args.joint else load_stage1(args, meta)
+    check_run(args, meta["seq_len"])
+    passes = 3  # forward passes a row, the backward pass counted as two
+    passes += 2 * (1 - args.diagonal_share)  # psi_su and psi_ut, or psi_ss (psi_tt) and the tangent
+    if args.diagonal_from == "stage1":
+        passes += (1 if args.guidance == 1 else 2) * args.diagonal_share  # stage 1's denoiser
+    ranks = start_ranks(args)
+    stage1 = None
+    if not args.joint and (args.loss != "psd" or args.diagonal_from == "stage1"):
+        stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False)
+        if args.compile:
             stage1.compile_parts(dynamic=bool(args.context))
-        teacher = {"frozen": stage1, "ema": ema, "self": None}[args.teacher]
-        train(args, ranks, model, ema, distillation(args, teacher, stage1), meta, passes)
+    train(args, ranks, model, copy.deepcopy(model), distillation(args, stage1), meta, passes)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

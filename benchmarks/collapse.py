@@ -1,13 +1,16 @@
-"""Where a distilled map goes wrong: for jumps from s to t, the teacher's entropy, the clamped share, and the distance from the truth.
+"""Where a distilled map is wrong: its distance from the truth, and its teacher's entropy.
 
-    python benchmarks/collapse.py --checkpoint runs/grammar-esd/checkpoint.pt --diagonal runs/grammar-diagonal/checkpoint.pt
+    python benchmarks/collapse.py --checkpoint runs/grammar-esd --diagonal runs/grammar-diagonal
 
-The truth is psi_st of the diagonal's own flow, integrated in --steps steps from s to t: the mean of its denoisers along the way,
-uniform in r = beta/alpha (58). States x_s are the path's, of validation rows. The teacher is the distribution of (23), (29) or (33)
-that --loss names (default: the one that the map was trained with), built from the map and, for LSD and ESD, from whom --teacher
-names: the diagonal, or the map itself. Entropies and divergences in nats a token.
+For jumps from progress s to t, from path states of validation rows. The truth is psi_st of the
+diagonal's own flow, integrated in --steps steps: a weighted mean of its denoisers along the way
+(58). The teacher is the target of (23), (29) or (33) that --loss names, in logit form, built from
+the map and the diagonal. Entropies and divergences are in nats a token. "Clamped" is the share of
+logits at the floor of the teacher's logarithm.
 """
 
+import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,64 +24,86 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import distill
 from evaluate import table
 from model import Draw, entropy, load_model
-from prepare_data import Parser, number, read_meta, read_rows, run
+from prepare_data import Help, read_meta, read_rows
+from sample import check_output
 
 
-@torch.no_grad()
 def integrated(diagonal, y, s, t, steps):
-    """psi_st (B, L, V) by `steps` Euler steps of the drift (52), equal in progress: sum of psi_uu (r_v - r_u) / (r_t - r_s) (58)."""
-    taus, mean = torch.linspace(float(s), float(t), steps + 1, dtype=torch.float64), 0
+    """psi_st (B, L, V) by `steps` Euler steps of the drift (52) from progress s to t.
+
+    With r = beta / alpha it is the sum of psi_uu (r_v - r_u) / (r_t - r_s) over steps u to v (58).
+    """
+    taus = torch.linspace(s, t, steps + 1, dtype=torch.float64)
     times = [diagonal.times(tau.view(1, 1)).float().expand(len(y), -1) for tau in taus]
     r = [diagonal.path.beta(u) / diagonal.path.alpha(u) for u in times]
+    mean = 0
     for k in range(steps):
         h = diagonal(y, times[k], times[k])
-        mean = mean + ((r[k + 1] - r[k]) / (r[-1] - r[0]))[..., None] * (h @ diagonal.head.T).softmax(-1)
+        share = (r[k + 1] - r[k]) / (r[-1] - r[0])
+        mean = mean + share[..., None] * (h @ diagonal.head.T).softmax(-1)
         y = diagonal.path.flow_map(y, diagonal.soft_embedding(h), times[k], times[k + 1])
     return mean
 
 
-def mean(values):
-    return float(values.mean())
+@torch.no_grad()
+def jump_row(model, diagonal, loss, tokens, start, end, steps):
+    """One row of the table: the jump from progress `start` to `end` of the rows `tokens`."""
+    B, L = tokens.shape
+    middle = (start + end) / 2
+    progress = [torch.full((B, 1), tau, dtype=torch.float64) for tau in (start, middle, end)]
+    jump = distill.Jump(*(time.float() for time in distill.Jump.between(model, *progress)))
+    noise = Draw(0, 0, np.arange(B), "cpu").normal(L, model.noise_size)
+    y = model.interpolate(noise, tokens, jump.s)
+    options = SimpleNamespace(target="logit", divergence="kl")
+    h, divergence = distill.TEACHERS[loss](model, diagonal, y, jump, options)
+    z = h.flatten(0, 1) @ model.head.T
+    report, _ = divergence.function(z, *divergence.by_row, *divergence.shared)
+    truth = integrated(diagonal, y, start, end, steps).flatten(0, 1)
+    kl = -entropy(truth) - torch.linalg.vecdot(truth, z.log_softmax(-1))
+    columns = {
+        "truth": entropy(truth),
+        "teacher": report["teacher_entropy"],
+        "map": entropy(z.softmax(-1)),
+        "clamped": report.get("clamped"),
+        "KL teacher, map": report["loss"],
+        "KL truth, map": kl,
+    }
+    row = {"s": start, "t": end}
+    return row | {k: None if v is None else float(v.mean()) for k, v in columns.items()}
 
 
 def main():
-    parser = Parser(prog="collapse.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="of stage 2")
-    parser.add_argument("--diagonal", type=Path, required=True, metavar="FILE", help="the stage 1 that it started from")
-    parser.add_argument("--loss", choices=list(distill.TEACHERS), help="whose teacher to look at (default: the checkpoint's)")
-    parser.add_argument("--teacher", choices=["frozen", "self"], default="frozen", help="who gives LSD and ESD the instantaneous denoiser")
-    parser.add_argument("--clamp", type=number(float, 0, 1, above=True), default=1e-5, help="see distill.py")
-    parser.add_argument("--rows", type=number(int, 1), default=256, help="validation rows")
-    parser.add_argument("--steps", type=number(int, 1), default=64, help="Euler steps of the truth")
-    parser.add_argument("--start", type=number(float, 0, 0.99), nargs="+", default=[0.0, 0.3, 0.6], metavar="S", help="progress of s")
-    parser.add_argument("--end", type=number(float, 0.01, 1), nargs="+", default=[0.31, 0.61, 0.8, 0.9, 0.95, 0.99, 1.0], metavar="T", help="of t")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON")
+    parser = argparse.ArgumentParser(
+        prog="collapse.py", description=__doc__, formatter_class=Help, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="of stage 2: a checkpoint or a run's folder")
+    add("--diagonal", type=Path, required=True, help="the stage 1 that it started from")
+    losses = list(distill.TEACHERS)
+    add("--loss", choices=losses, help="the teacher (default: the one the map was trained with)")
+    add("--rows", type=int, default=256, help="validation rows")
+    add("--steps", type=int, default=64, help="Euler steps of the truth")
+    add("--start", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="progress s")
+    ends = [0.31, 0.61, 0.8, 0.9, 0.95, 0.99, 1.0]
+    add("--end", type=float, nargs="+", default=ends, help="progress t")
+    add("--output", type=Path, help="JSON to write")
     args = parser.parse_args()
-    model, checkpoint = load_model(args.checkpoint)
-    diagonal, (folder, loss) = load_model(args.diagonal)[0], (Path(checkpoint["args"]["data"]), args.loss or checkpoint["args"]["loss"])
-    tokens = torch.from_numpy(read_rows(folder, "val", read_meta(folder))[: args.rows].astype(np.int64))
-    B, rows = len(tokens), []
-    for start in args.start:
-        for end in (end for end in args.end if end > start):
-            progress = (torch.full((B, 1), tau, dtype=torch.float64) for tau in (start, (start + end) / 2, end))
-            jump = distill.Jump(*(time.float() for time in distill.Jump.between(model, *progress)))
-            y = model.interpolate(Draw(0, 0, np.arange(B), "cpu").normal(tokens.shape[1], model.noise_size), tokens, jump.s)
-            options = SimpleNamespace(target="logit", divergence="kl", clamp=args.clamp)
-            with torch.no_grad():
-                h, divergence = distill.TEACHERS[loss](model, {"frozen": diagonal, "self": model}[args.teacher], y, jump, options)
-                report, g = divergence.function((z := h.flatten(0, 1) @ model.head.T), *divergence.by_row, *divergence.shared)
-                psi = z.softmax(-1)
-                truth = integrated(diagonal, y, start, end, args.steps).flatten(0, 1)
-                kl = (torch.xlogy(truth, truth) - truth * z.log_softmax(-1)).sum(-1)
-            row = {"s": start, "t": end, "truth": mean(entropy(truth)), "teacher": mean(entropy((psi - g).clamp(min=0))), "map": mean(entropy(psi)),
-                   "clamped": mean(report["clamped"]) if "clamped" in report else None,
-                   "KL teacher, map": mean(report["loss"]), "KL truth, map": mean(kl)}  # fmt: skip
-            rows.append(row)
-    print(f"{loss}: entropies of psi_st, and divergences")
-    print(table(rows))
     if args.output:
-        args.output.write_text(json.dumps({"flags": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1) + "\n")
+        check_output("--output", args.output, [".json"])
+    model, checkpoint = load_model(args.checkpoint)
+    diagonal, _ = load_model(args.diagonal)
+    folder = Path(checkpoint["args"]["data"])
+    loss = args.loss or checkpoint["args"]["loss"]
+    rows = read_rows(folder, "val", read_meta(folder))[: args.rows]
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    pairs = [(s, t) for s, t in itertools.product(args.start, args.end) if s < t]
+    results = [jump_row(model, diagonal, loss, tokens, s, t, args.steps) for s, t in pairs]
+    print(f"{loss}: entropies of psi_st, and divergences")
+    print(table(results))
+    if args.output:
+        facts = {"args": vars(args), "rows": results}
+        args.output.write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,17 +1,18 @@
 """The losses side by side: the same stage 1, the same number of steps, several seeds, one table.
 
-    python benchmarks/study.py grammar                                   # hours on a CPU; what is there already is not done again
-    python benchmarks/study.py grammar --seeds 0 1 2 --only psd esd
-    python benchmarks/study.py grammar --table --folder results/study    # of what is there, here of what is recorded
-    python benchmarks/study.py words --only psd psd-squared --frontier   # and at equal entropy
-    python benchmarks/study.py words --table --baseline psd-squared      # beside the peers' recipe
+    python benchmarks/study.py grammar                    # hours on a CPU; continues where it was
+    python benchmarks/study.py grammar --seeds 0 1 --only psd esd
+    python benchmarks/study.py words --only psd psd-squared --frontier    # and at equal entropy
+    python benchmarks/study.py words --table --baseline psd-squared       # of finished runs only
 
-Each run is of the programs that a user calls, its folder runs/study/STUDY/SEED/RUN. The table gives means over seeds of stage 1
-and stage 2 (and sampling) together, and the smallest and the largest; of the first score also what a run has more than --baseline
-from the same stage 1, since seeds of stage 1 differ more than losses do, and with --frontier that at equal entropy too, to which SWEEP
-brings the lower. Flags and numbers are in the runs' own config.json, evaluation.json and frontier.json.
+Calls the programs as a user would; each run has the folder runs/study/STUDY/SEED/RUN. The table
+gives means over seeds (smallest to largest). Seeds of stage 1 differ more than losses do, so it
+also compares the first score with the --baseline of the same seed: gen-PPL by its ratio, the share
+grammatical by its difference. A lower entropy makes a better score, so --frontier also draws tokens
+at several temperatures and compares two runs at the larger of their two entropies.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,25 +22,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluate import at_entropy, load_pyplot, table
-from model import read_checkpoint
-from prepare_data import Parser, UserError, number, run
+from evaluate import table
+from model import checkpoints, read_checkpoint
+from prepare_data import Help
 from sample import check_output
 
 ROOT = Path(__file__).parent.parent
-# What raises a run's entropy to another's at any number of steps, one too.
-SWEEP = "--nfe 1 2 4 --final-temperature 0 0.5 0.75 1 1.25 1.5"
+SWEEP = "--nfe 1 2 4 --temperature 0 0.5 0.75 1 1.25 1.5"  # what --frontier adds
 PLAIN = "--no-learned-weight --consistency-power 0"
-# Every run, a folder each: its flags beyond those that all share. Stage 1 by three noise schedules, of which stage 2 starts from
-# the first; calibrated: on the loss measured each 500 steps.
-STAGE1 = {
-    "diagonal": "",
-    "diagonal-linear": "--schedule linear",
-    "diagonal-calibrated": "--schedule calibrated --val-every 500",
-}
-# Stage 2: first the method's losses, each by the target
-# and the weights that served it best, then the peers' recipe, squared distance between probabilities with an adaptive
-# weight; then the same weights for all, what stage 1's denoiser is worth on the diagonal, and cures for ESD.
+
+# Each run's own flags. Stage 2 starts from "diagonal". The first three losses have the target and
+# the weights that served each best; psd-squared is the peers' recipe; the others vary one thing.
+STAGE1 = {"diagonal": "", "diagonal-linear": "--schedule linear"}
 STAGE2 = {
     "psd": f"--loss psd {PLAIN}",
     "lsd": f"--loss lsd --target signed {PLAIN}",
@@ -49,197 +43,270 @@ STAGE2 = {
     "lsd-logit": f"--loss lsd {PLAIN}",
     "esd-plain": f"--loss esd {PLAIN}",
     "psd-diagonal-from-data": f"--loss psd {PLAIN} --diagonal-from data",
-    "esd-psd-share": "--loss esd --psd-share 0.25",
     "esd-signed": f"--loss esd --target signed {PLAIN}",
     "esd-signed-psd-share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
-    "esd-ema-teacher": "--loss esd --teacher ema",
-    "esd-self-teacher": "--loss esd --teacher self",
-    "esd-clamp-0.01": "--loss esd --clamp 0.01",
-    "esd-clamp-0.1": "--loss esd --clamp 0.1",
-    "esd-pair-law": "--loss esd --step-law pair",
 }
-STUDIES = {
-    "grammar": {
-        "data": "data/grammar",
-        "both": "--batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
-        "stage1": "--size tiny --steps 3000 --warmup 100 --cooldown 2900 --lr 2.5e-3",
-        "stage2": "--steps 800 --warmup 200 --cooldown 600 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 512 --bleu-samples 0",
-        "scores": ["grammatical", "entropy", "distinct"],
-    },
-    "stories": {
-        "data": "data/stories",
-        "both": "--batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
-        "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
-        "stage2": "--steps 500 --warmup 100 --cooldown 400 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-stories --judge-batch 64",
-        "scores": ["gen_ppl", "entropy", "distinct_4"],
-    },
-    "words": {
-        "data": "data/words",
-        "both": "--compile --batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
-        "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
-        "stage2": "--steps 500 --warmup 100 --cooldown 400 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 256 --bleu-samples 0 --judge runs/judge-words --judge-batch 64",
-        "scores": ["gen_ppl", "entropy", "distinct_4"],
-    },
-    "bpe": {
-        "data": "data/bpe",
-        "both": "--dtype bfloat16 --compile --batch-size 32 --micro-batch 32 --beta2 0.99 --ema 0.999 --diagonal-power 0 --log-every 100",
-        "stage1": "--size tiny --steps 2000 --warmup 100 --cooldown 1700 --lr 2e-3",
-        "stage2": "--steps 250 --warmup 50 --cooldown 200 --lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125",
-        "evaluate": "--dtype bfloat16 --nfe 1 2 4 8 32 128 --batch-size 256 --num-samples 128 --bleu-samples 0 "
-        "--judge runs/judge-bpe --judge-batch 64",
-        "scores": ["gen_ppl", "entropy", "distinct_4"],
-    },
+RUNS = STAGE1 | STAGE2
+
+BOTH = "--beta2 0.99 --ema 0.999 --diagonal-power 0"
+DISTIL = "--lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125"
+SCORE = "--nfe 1 2 4 8 32 128 --batch-size 256 --judge-batch 64"
+TEXT = {
+    "data": "data/stories",
+    "both": f"{BOTH} --batch-size 32",
+    "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
+    "stage2": f"{DISTIL} --steps 500 --warmup 100 --cooldown 400",
+    "evaluate": f"{SCORE} --num-samples 256 --judge runs/judge-stories",
+    "scores": ["gen_ppl", "entropy", "distinct_4"],
 }
+WORDS = {
+    "data": "data/words",
+    "both": f"{BOTH} --batch-size 32 --compile",
+    "evaluate": f"{SCORE} --num-samples 256 --judge runs/judge-words",
+}
+BPE = {
+    "data": "data/bpe",
+    "both": f"{BOTH} --batch-size 32 --compile --dtype bfloat16",
+    "stage1": "--size tiny --steps 2000 --warmup 100 --cooldown 1700 --lr 2e-3",
+    "stage2": f"{DISTIL} --steps 250 --warmup 50 --cooldown 200",
+    "evaluate": f"{SCORE} --num-samples 128 --judge runs/judge-bpe --dtype bfloat16",
+}
+GRAMMAR = {
+    "data": "data/grammar",
+    "both": f"{BOTH} --batch-size 128 --micro-batch 128",
+    "stage1": "--size tiny --steps 3000 --warmup 100 --cooldown 2900 --lr 2.5e-3",
+    "stage2": f"{DISTIL} --steps 800 --warmup 200 --cooldown 600",
+    "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 512",
+    "scores": ["grammatical", "entropy", "distinct"],
+}
+STUDIES = {"grammar": GRAMMAR, "stories": TEXT, "words": TEXT | WORDS, "bpe": TEXT | BPE}
+
+# ------------------------------------------------------------------------------------------------
+# The runs.
 
 
-def spread(values):
-    """[{nfe: number or None} of each seed] -> {"N NFE": "mean (smallest to largest)"}."""
-    seen = {nfe: [v[nfe] for v in values if v.get(nfe) is not None] for nfe in dict.fromkeys(nfe for v in values for nfe in v)}
-    show = lambda x: f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"  # noqa: E731
-    return {f"{nfe} NFE": f"{show(sum(v) / len(v))} ({show(min(v))} to {show(max(v))})" if v else None for nfe, v in seen.items()}
+def program(name, flags, *more):
+    """Run one of the programs to its end; SystemExit if it fails."""
+    command = [sys.executable, str(ROOT / name), *flags.split(), *map(str, more)]
+    code = subprocess.run(command).returncode
+    if code:
+        raise SystemExit(f"{name} ended with exit code {code}; see its own message above")
 
 
-def train_and_evaluate(study, folder, seed, names, frontier=False):
-    """Every run of one seed that is not evaluated yet, each in a program of its own; `frontier`: and by SWEEP."""
+def train(study, folder, seed, name):
+    """Train folder/name, or what is left to train of it."""
+    out = folder / name
+    more = ["--data", study["data"], "--out", out, "--seed", seed]
+    if checkpoints(out):
+        checkpoint = read_checkpoint(out)
+        if checkpoint["step"] >= checkpoint["args"]["steps"]:
+            return
+        more.append("--resume")
+    if name in STAGE1:
+        program("train_diagonal.py", f"{study['both']} {study['stage1']} {STAGE1[name]}", *more)
+    else:
+        more += ["--checkpoint", folder / "diagonal"]
+        program("distill.py", f"{study['both']} {study['stage2']} {STAGE2[name]}", *more)
 
-    def program(name, *flags):
-        result = subprocess.run([sys.executable, str(ROOT / name), *" ".join(map(str, flags)).split()])
-        if result.returncode:
-            raise UserError(f"{name} ended with exit code {result.returncode}; see its own line above")
 
-    def train(name, out, *flags):
-        """Train to the end: anew, or on from where a run that was stopped is."""
-        there = (out / "checkpoint.pt").exists()
-        checkpoint = read_checkpoint(out / "checkpoint.pt") if there else None
-        if not there or checkpoint["step"] < checkpoint["args"]["steps"]:
-            program(name, *flags, "--resume" * there)
-
+def run_seed(study, folder, seed, names, frontier=False):
+    """Train and evaluate those runs of one seed that are not evaluated yet."""
     for name in names:
         out = folder / name
-        common = f"--data {study['data']} --out {out} --seed {seed} {study['both']}"
-        evaluate = f"--checkpoint {out}/checkpoint.pt --seed {seed} {study['evaluate']}"
+        more = ["--checkpoint", out, "--seed", seed]
         if not (out / "evaluation.json").exists():
-            if name in STAGE1:
-                train("train_diagonal.py", out, common, study["stage1"], STAGE1[name])
-            else:
-                train("distill.py", out, common, study["stage2"], f"--checkpoint {folder}/diagonal/checkpoint.pt", STAGE2[name])
-            program("evaluate.py", evaluate, "--bound 64" if name in STAGE1 else "")
-        if frontier and name in STAGE2 and not (out / "frontier.json").exists():
-            program("evaluate.py", evaluate, SWEEP, f"--output {out}/frontier.json")
+            train(study, folder, seed, name)
+            bound = ["--bound", 64] if name in STAGE1 else []
+            program("evaluate.py", study["evaluate"], *more, *bound)
+        path = out / "frontier.json"
+        if frontier and name in STAGE2 and not path.exists():
+            program("evaluate.py", f"{study['evaluate']} {SWEEP}", *more, "--output", path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The table.
+
+
+def on_text(study):
+    return study["scores"][0] == "gen_ppl"
 
 
 def gather(study, folder):
-    """[{run, seed, scores {nfe: {score: value}}, bound (nats a token) or None, frontier {nfe: (entropies, scores)}}] of all that is evaluated."""
+    """All evaluated runs, a dict each.
+
+    run, seed; scores {nfe: {score: value}}; bound, nats a token or None; frontier
+    {nfe: (entropies, scores)}, by temperature, where the score is log gen-PPL or a share.
+    """
     found = []
     for path in sorted(folder.glob("*/*/evaluation.json")):
-        evaluation, sweep = json.loads(path.read_text()), path.with_name("frontier.json")
-        scores = {row["nfe"]: {score: row[score] for score in study["scores"]} for row in evaluation["results"] if row["nfe"]}
-        lines = json.loads(sweep.read_text())["frontier"] if sweep.exists() else []
+        evaluation = json.loads(path.read_text())
+        rows = [row for row in evaluation["results"] if row["nfe"]]
+        bounds = [row["nats_a_token"] for row in evaluation["bound"]]
         run = {
             "run": path.parent.name,
             "seed": int(path.parent.parent.name),
-            "scores": scores,
-            "bound": next((line["nats_a_token"] for line in evaluation["bound"]), None),
-            "frontier": {line["nfe"]: tuple(np.array(line[key], float) for key in ("entropies", "scores")) for line in lines},
+            "scores": {row["nfe"]: {s: row[s] for s in study["scores"]} for row in rows},
+            "bound": bounds[0] if bounds else None,
+            "frontier": {},
         }
+        sweep = path.with_name("frontier.json")
+        points = {}
+        for row in json.loads(sweep.read_text())["results"] if sweep.exists() else []:
+            if row["nfe"]:
+                point = row["temperature"], row["entropy"], row[study["scores"][0]]
+                points.setdefault(row["nfe"], []).append(point)
+        for nfe, swept in points.items():
+            _, entropies, scores = np.array(sorted(swept), float).T
+            run["frontier"][nfe] = entropies, np.log(scores) if on_text(study) else scores
         found.append(run)
     return found
 
 
+def at_entropy(entropies, scores, target, worst):
+    """The score at which a sweep (P,), (P,), linear between its points, has the target entropy.
+
+    NaN if it never has: nothing is extrapolated. If it has it twice, the worse score, by `worst`.
+    """
+    entropies, scores = np.asarray(entropies, float), np.asarray(scores, float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        w = (target - entropies[:-1]) / np.diff(entropies)
+        crossings = (scores[:-1] + w * np.diff(scores))[(w >= 0) & (w <= 1)]
+    return float(worst(crossings)) if len(crossings) else np.nan
+
+
 def at_equal_entropy(study, run, other):
-    """{nfe: (the first score of `run`, that of `other`)}, each where its sweep meets the larger of the two entropies, if both do."""
-    found, text = {}, study["scores"][0] == "gen_ppl"
-    for nfe in run["frontier"].keys() & other["frontier"].keys():
-        target = max(r["scores"][nfe]["entropy"] for r in (run, other))
-        sweeps = ([np.array(part)[:, None] for part in r["frontier"][nfe]] for r in (run, other))
-        values = [float(at_entropy(*sweep, target, np.fmax if text else np.fmin)[0]) for sweep in sweeps]
-        if np.isfinite(values).all():
-            found[nfe] = tuple(np.exp(values) if text else values)
+    """{nfe: (first score of `run`, of `other`)} at the larger entropy of the two at temperature 0.
+
+    Without the NFE at which a sweep does not reach it.
+    """
+    found = {}
+    worst = np.max if on_text(study) else np.min
+    for nfe in sorted(run["frontier"].keys() & other["frontier"].keys()):
+        sweeps = run["frontier"][nfe], other["frontier"][nfe]
+        target = max(entropies[0] for entropies, _ in sweeps)
+        scores = [at_entropy(*sweep, target, worst) for sweep in sweeps]
+        if np.isfinite(scores).all():
+            found[nfe] = tuple(np.exp(scores) if on_text(study) else scores)
     return found
 
 
-def compare(study, found, baseline="psd"):
-    """The table's rows: each score of each run over seeds, and the first one beside the baseline's of the same seed.
+def spread(values):
+    """[{nfe: number or None} of each seed] -> {"N NFE": "mean (smallest to largest)"}."""
+    cells = {}
+    for nfe in dict.fromkeys(nfe for value in values for nfe in value):
+        seen = [value[nfe] for value in values if value.get(nfe) is not None]
+        if seen:
+            numbers = np.mean(seen), min(seen), max(seen)
+            text = [f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}" for x in numbers]
+            cells[f"{nfe} NFE"] = f"{text[0]} ({text[1]} to {text[2]})"
+    return cells
 
-    `baseline` is that of stage 2, of stage 1 it is the paper's schedule. A share grammatical is compared by its difference,
-    a perplexity by its ratio.
+
+def compared(study, a, b):
+    """The score a beside b: the ratio of gen-PPLs, the difference of shares."""
+    if a is None or b is None:
+        return None
+    return a / b if on_text(study) else a - b
+
+
+def compare(study, found, baseline="psd"):
+    """The table's rows: each score of each run over seeds, and the first one beside a baseline.
+
+    `baseline` is that of stage 2; that of stage 1 is the paper's schedule.
     """
-    first, rows = study["scores"][0], []
-    sign, beside = ("/", lambda a, b: a / b) if first == "gen_ppl" else ("-", lambda a, b: a - b)
-    by_name = {name: {run["seed"]: run for run in found if run["run"] == name} for name in [*STAGE1, *STAGE2]}
-    for name, runs in by_name.items():
+    first = study["scores"][0]
+    rows = []
+    for name in RUNS:
+        runs = [run for run in found if run["run"] == name]
         base = "diagonal" if name in STAGE1 else baseline
-        pairs = [(run, by_name[base][seed]) for seed, run in runs.items() if seed in by_name[base]] if name != base else []
-        values = {score: [{nfe: row[score] for nfe, row in run["scores"].items()} for run in runs.values()] for score in study["scores"]}
-        values[f"{first} {sign} {base}"] = [
-            {nfe: beside(row[first], other["scores"][nfe][first]) for nfe, row in run["scores"].items()
-             if None not in (row[first], other["scores"][nfe][first])} for run, other in pairs
-        ]  # fmt: skip
-        values[f"{first} {sign} {base}, equal entropy"] = [
-            {nfe: beside(*both) for nfe, both in sorted(at_equal_entropy(study, run, other).items())} for run, other in pairs
+        others = {run["seed"]: run for run in found if run["run"] == base != name}
+        pairs = [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
+        values = {}  # {score: [{nfe: value} of each seed]}
+        for score in study["scores"]:
+            values[score] = [{n: row[score] for n, row in run["scores"].items()} for run in runs]
+        label = f"{first} {'/' if on_text(study) else '-'} {base}"
+        values[label] = []
+        values[f"{label}, equal entropy"] = []
+        for run, other in pairs:
+            common = [n for n in run["scores"] if n in other["scores"]]
+            both = {n: [r["scores"][n][first] for r in (run, other)] for n in common}
+            equal = at_equal_entropy(study, run, other)
+            for key, scores in ((label, both), (f"{label}, equal entropy", equal)):
+                values[key].append({n: compared(study, *two) for n, two in scores.items()})
+        values["bound, nats a token"] = [{"all": run["bound"]} for run in runs if run["bound"]]
+        values["bound - diagonal"] = [
+            {"all": run["bound"] - other["bound"]} for run, other in pairs if run["bound"]
         ]
-        rows += [
-            {"run": name, "seeds": len(seen), "score": score} | spread(seen)
-            for score, of_seeds in values.items()
-            if (seen := [v for v in of_seeds if v])
-        ]
-        bounds = {"bound, nats a token": [run["bound"] for run in runs.values() if run["bound"]],
-                  "bound - diagonal": [run["bound"] - other["bound"] for run, other in pairs if run["bound"]]}  # fmt: skip
-        rows += [{"run": name, "seeds": len(b), "score": score, "all NFE": spread([{0: x} for x in b])["0 NFE"]} for score, b in bounds.items() if b]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return [dict.fromkeys(columns) | row for row in rows]
+        for score, seeds in values.items():
+            seeds = [seed for seed in seeds if seed]
+            if seeds:
+                rows.append({"run": name, "seeds": len(seeds), "score": score} | spread(seeds))
+    return rows
 
 
 def draw(study, found, path):
-    """The first score against NFE: a line a run, the mean over seeds, with a band from the smallest to the largest.
+    """The first score against NFE: means over seeds, with bands from the smallest to the largest.
 
-    Beside it, for each NFE that was swept, that score against entropy, a line a seed.
+    Beside it, for each NFE that was swept, that score against entropy, one line a seed.
     """
-    pyplot, first = load_pyplot(), study["scores"][0]
+    from matplotlib.figure import Figure
+
+    first = study["scores"][0]
     swept = sorted({nfe for run in found for nfe in run["frontier"]})
-    figure, panels = pyplot.subplots(1, 1 + len(swept), figsize=(6 + 2.5 * len(swept), 3.8), layout="constrained", sharey=True, squeeze=False)
-    axes, beside = panels[0, 0], dict(zip(swept, panels[0, 1:], strict=True))
-    for name in dict.fromkeys([*STAGE1, *STAGE2]):
+    figure = Figure(figsize=(6 + 2.5 * len(swept), 3.8), layout="constrained")
+    panels = figure.subplots(1, 1 + len(swept), sharey=True, squeeze=False)[0]
+    axes = panels[0]
+    names = {run["run"] for run in found}
+    for i, name in enumerate(name for name in RUNS if name in names):
         runs = [run for run in found if run["run"] == name]
-        if runs:
-            nfe = sorted(runs[0]["scores"])
-            values = [[run["scores"][n][first] for run in runs] for n in nfe]
-            (line,) = axes.plot(nfe, [sum(v) / len(v) for v in values], "--" if name in STAGE1 else "-", marker=".", label=name)
-            axes.fill_between(nfe, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=line.get_color(), linewidth=0)
-            for n, (entropies, scores) in (sweep for run in runs for sweep in run["frontier"].items()):
-                beside[n].plot(entropies, np.exp(scores) if first == "gen_ppl" else scores, marker=".", linewidth=0.8, color=line.get_color())
+        nfe = sorted(runs[0]["scores"])
+        values = np.array([[run["scores"][n][first] for n in nfe] for run in runs], float)
+        style = "--" if name in STAGE1 else "-"
+        axes.plot(nfe, values.mean(0), style, marker=".", label=name, color=f"C{i}")
+        axes.fill_between(nfe, values.min(0), values.max(0), alpha=0.15, color=f"C{i}", linewidth=0)
+        for run in runs:
+            for n, (entropies, scores) in run["frontier"].items():
+                panel = panels[1 + swept.index(n)]
+                shown = np.exp(scores) if on_text(study) else scores
+                panel.plot(entropies, shown, marker=".", linewidth=0.8, color=f"C{i}")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="network evaluations", ylabel=first.replace("_", " "), yscale="log" if first == "gen_ppl" else "linear")
+    axes.set(xlabel="network evaluations", ylabel=first.replace("_", " "))
+    axes.set_yscale("log" if on_text(study) else "linear")
     axes.legend(frameon=False, fontsize="small")
-    for n, panel in beside.items():
+    for n, panel in zip(swept, panels[1:], strict=True):
         panel.set(xlabel="entropy", title=f"{n} NFE")
-    for panel in panels[0]:
+    for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format="png")
+    figure.savefig(path, dpi=150)
 
 
 def main():
-    parser = Parser(prog="study.py", description=__doc__)
-    parser.add_argument("study", choices=list(STUDIES))
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
-    every = [*STAGE1, *STAGE2]
-    parser.add_argument("--only", nargs="+", choices=every, metavar="RUN", help="these runs, by name: " + "; ".join(every))
-    parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="of all studies")
-    parser.add_argument("--baseline", choices=list(STAGE2), default="psd", help="the run that those of stage 2 are compared with, where it is there")
-    parser.add_argument("--frontier", action="store_true", help="draw tokens at several temperatures too, for scores at equal entropy")
-    parser.add_argument("--table", action="store_true", help="train nothing, print the table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first score against NFE, and entropy where that was swept, as PNG")
+    parser = argparse.ArgumentParser(
+        prog="study.py", description=__doc__, formatter_class=Help, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("study", choices=list(STUDIES))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    help = "these runs beside `diagonal`: " + " ".join(RUNS)
+    add("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=help)
+    add("--folder", type=Path, default=Path("runs/study"), help="of all studies")
+    help = "the run that those of stage 2 are compared with"
+    add("--baseline", choices=list(STAGE2), default="psd", metavar="RUN", help=help)
+    add("--frontier", action="store_true", help="compare at equal entropy too")
+    add("--table", action="store_true", help="train nothing, print the table")
+    help = "PNG to draw: the first score against NFE and, after --frontier, against entropy"
+    add("--plot", type=Path, help=help)
     args = parser.parse_args()
-    check_output("--plot", args.plot, [])
-    study, folder, names = STUDIES[args.study], args.folder / args.study, dict.fromkeys(["diagonal", *(args.only or every)])
+    if args.plot:
+        check_output("--plot", args.plot, [".png"])
+    study = STUDIES[args.study]
+    folder = args.folder / args.study
+    names = list(dict.fromkeys(["diagonal", *args.only]))
     for seed in [] if args.table else args.seeds:
-        train_and_evaluate(study, folder / str(seed), seed, names, args.frontier)
+        run_seed(study, folder / str(seed), seed, names, args.frontier)
     found = [run for run in gather(study, folder) if run["run"] in names]
     if not found:
-        raise UserError(f"no evaluated run in {folder}; leave out --table to train some")
+        raise SystemExit(f"no evaluated run in {folder}; drop --table to train some")
     print(table(compare(study, found, args.baseline)))
     if args.plot:
         draw(study, found, args.plot)
@@ -247,4 +314,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
