@@ -39,23 +39,34 @@ QUADRATIC = net.Interpolant(  # a new path is one entry of INTERPOLANTS
 )
 SEQUENCES = torch.tensor([[0, 1, 2], [0, 3, 4], [1, 1, 4], [2, 0, 2]])
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+PAIRS = torch.tensor([[0, 1], [1, 2], [2, 0]])  # a language to learn
+SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
 def patched(monkeypatch):
     """The new path, and more than one chunk in loops over chunks, however small the tensor."""
     monkeypatch.setitem(INTERPOLANTS, "quadratic", QUADRATIC)
-    thirds = lambda n, _: [slice(i, i + n // 3 + 1) for i in range(0, n, n // 3 + 1)]  # noqa: E731
-    monkeypatch.setattr(net, "chunks", thirds)
+    monkeypatch.setattr(
+        net, "chunks", lambda n, _: [slice(i, i + n // 3 + 1) for i in range(0, n, n // 3 + 1)]
+    )
 
 
 def column(*values):
-    """Times (n, 1), float64."""
-    return torch.tensor(values, dtype=torch.float64)[:, None]
+    return torch.tensor(values, dtype=torch.float64)[:, None]  # (n, 1)
+
+
+S = column(0.0, 0.05, 0.2, 0.3, 0.5, 0.6)  # six rows of s < u < t
+U = column(0.3, 0.2, 0.3, 0.5, 0.51, 0.7)
+T = column(0.8, 0.5, 0.9, 0.6, 0.52, 0.9)
+NEAR_THE_END = (column(0.3, 0.3, 0.5), column(0.30005, 0.6, 0.7), column(0.3001, 0.99, 0.999))
+INSIDE = [(path, lag, (S, U, T)) for path in PATHS[:2] for lag in LAGS]
+ENDS = [("linear", 0.0, NEAR_THE_END), ("trigonometric", 1.5, NEAR_THE_END)]
+# PSD's target has one form, those of LSD and ESD have two.
+FORMS = ["psd logit", "lsd logit", "lsd signed", "esd logit", "esd signed"]
 
 
 def normals(*shape, seed=0):
-    """Standard normals, float64."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -66,20 +77,17 @@ def draw_rows(sequences, weights, count, seed=0):
 
 
 def shares(tokens, sequences=SEQUENCES):
-    """The share of each sequence among rows of tokens: (K,)."""
     return (tokens[:, None] == sequences).all(-1).double().mean(0)
 
 
 def same(ours, plain, **tolerance):
-    """Whether two lists of tensors are close."""
     return all(torch.allclose(a, b, **tolerance) for a, b in zip(ours, plain, strict=True))
 
 
 class Oracle:
-    """Exact psi_st of the weighted sequences, seen through y = x W; h_st = log psi_st, head I.
+    """Exact psi_st of the weighted sequences, seen through y = x W; psi_st = softmax(h_st), head I.
 
-    For a W that is not square only the denoiser is exact. A row's progress is its time; with a lag,
-    position l has the time model.lagged(tau), and the flow is integrated along that curve.
+    With a lag the flow follows the times model.lagged(tau). For W not square, the denoiser alone.
     """
 
     def __init__(self, path="linear", lag=0.0, steps=80, language=(SEQUENCES, WEIGHTS), W=None):
@@ -97,7 +105,7 @@ class Oracle:
         self.times = lambda tau: self.times_and_rates(tau)[0]
         self.noise_factor = lambda: self.embedding
         self.embed_noise = lambda xi: xi @ self.embedding
-        self.soft_embedding = lambda h: h.softmax(-1)
+        self.soft_embedding = lambda h: (h @ self.head).softmax(-1)
 
     def times_and_rates(self, tau):
         if self.lag:
@@ -140,7 +148,8 @@ class Oracle:
         return moved / self.path.Xi(s, t)[..., None]
 
     def __call__(self, y, s, t):
-        return self.psi(y, s, t).clamp(min=1e-300).log()
+        shift = (s + 2 * t)[..., None]  # the same for all tokens: of no importance
+        return (self.psi(y, s, t).clamp(min=1e-300).log() + shift) / self.head[0, 0]
 
     def derivative(self, y, s, t, dy=None, ds=None, dt=None):
         """DiT.derivative, by reverse mode twice: ten times faster here than forward mode."""
@@ -180,13 +189,6 @@ class GrammarOracle(Oracle):
         sides = zip(ahead, behind[::-1], evidence, strict=True)
         found = [torch.einsum("bs,svz,bz,bv->bv", a, self.arcs, b, e) for a, b, e in sides]
         return F.normalize(torch.stack(found, 1), 1, dim=-1)
-
-
-# --- The interpolant, the flow and the identities, at six rows of s < u < t ---
-
-S = column(0.0, 0.05, 0.2, 0.3, 0.5, 0.6)
-U = column(0.3, 0.2, 0.3, 0.5, 0.51, 0.7)
-T = column(0.8, 0.5, 0.9, 0.6, 0.52, 0.9)
 
 
 def states(path, s):
@@ -231,7 +233,6 @@ def test_coefficients(name):
     if name == "linear":
         cases += [
             (p.omega(S, U, T), (U - S) * (1 - T) / ((T - S) * (1 - U))),
-            (gamma, (1 - T) / (1 - S)),
             (gamma_kappa, T - S),
             (p.C(S, T), (T - S) * (1 - T) / (1 - S)),
             (p.flow_map(x, psi, S, T), (1 - t) / (1 - s) * x + (t - s) / (1 - s) * psi),
@@ -270,8 +271,7 @@ def test_identities(path, lag):
     """(23), (24), (25) to 1e-8, coefficients from r and derivatives by central differences."""
     oracle = Oracle(path, lag, steps=250)
     p = oracle.path
-    rows = slice(1, 4)
-    (s, ds), (u, _), (t, dt) = (oracle.times_and_rates(tau[rows]) for tau in (S, U, T))
+    (s, ds), (u, _), (t, dt) = (oracle.times_and_rates(tau[1:4]) for tau in (S, U, T))
     x = states(path, s)
     psi = oracle.psi(x, s, t)
     r_s, r_u, r_t = ((p.beta(v) / p.alpha(v))[..., None] for v in (s, u, t))
@@ -282,7 +282,7 @@ def test_identities(path, lag):
     def difference(f, tau):
         """df/dtau, to fourth order; f takes times (12, L), 4 for each of the rows."""
         shifts = column(1.0, -1.0, 2.0, -2.0).repeat_interleave(3, 0) * 1e-3
-        a, b, c, d = f(oracle.times(tau[rows].repeat(4, 1) + shifts)).view(4, 3, L, V)
+        a, b, c, d = f(oracle.times(tau[1:4].repeat(4, 1) + shifts)).view(4, 3, L, V)
         return (8 * (a - b) - (c - d)) / 12e-3
 
     d_t = difference(lambda t: oracle.psi(x4, s4, t), T)
@@ -298,20 +298,10 @@ def test_identities(path, lag):
         assert (side - psi).abs().max() < 1e-8
 
 
-# --- The teachers of distill.py. PSD's target has one form, those of LSD and ESD have two ---
-
-FORMS = [
-    ("psd", "logit"),
-    *((loss, form) for loss in ("lsd", "esd") for form in ("logit", "signed")),
-]
-INSIDE = [(path, lag, (S, U, T)) for path in PATHS[:2] for lag in LAGS]
-NEAR_THE_END = (column(0.3, 0.3, 0.5), column(0.30005, 0.6, 0.7), column(0.3001, 0.99, 0.999))
-ENDS = [("linear", 0.0, NEAR_THE_END), ("trigonometric", 1.5, NEAR_THE_END)]
-
-
-def teach(model, teacher, loss, form, y, jump, kind="kl"):
+def teach(model, teacher, form, y, jump, kind="kl"):
     """(h_st (rows, D), the Divergence from its target) of a teacher, both on all rows."""
-    args = SimpleNamespace(target=form, divergence=kind)
+    loss, target = form.split()
+    args = SimpleNamespace(target=target, divergence=kind)
     h, divergence = distill.TEACHERS[loss](model, teacher, y, jump, args)
     assert not any(x.requires_grad for x in (*divergence.by_row, *divergence.shared))
     return h.flatten(0, 1), divergence
@@ -323,45 +313,37 @@ def gradient(divergence, z):
 
 
 @pytest.mark.parametrize(("path", "lag", "times"), INSIDE + ENDS)
-@pytest.mark.parametrize(("loss", "form"), FORMS)
-def test_teacher_returns_the_truth(path, loss, form, lag, times):
-    """At the true flow map each teacher gives psi_st: (23, 64), (24, 29, 68), (25, 33, 43, 70).
-
-    No gradient is left there, and there is one elsewhere. For LSD's logit form see the next test.
-    """
-    oracle = Oracle(path, lag, steps=150 if times is NEAR_THE_END else 80)
-    if (loss, form) == ("lsd", "logit"):
+@pytest.mark.parametrize("form", FORMS)
+def test_teacher_returns_the_truth(path, form, lag, times):
+    """The true flow map gets psi_st back, no gradient: (23, 64), (24, 29, 68), (25, 33, 43, 70)."""
+    oracle, teacher = (Oracle(path, lag, 150 if times is NEAR_THE_END else 80) for _ in range(2))
+    teacher.head = 2 * oracle.head  # another network: its h go with its own head
+    if form == "lsd logit":
         times = [time[:1] if times is NEAR_THE_END else time / 2 for time in times]
     jump = distill.Jump.between(oracle, *times)
     x = states(path, jump.s)
-    for kind in ("kl", "square") if loss == "psd" else ("kl",):
-        z, divergence = teach(oracle, oracle, loss, form, x, jump, kind)
-        assert (z.exp() - oracle.psi(x, jump.s, jump.t).flatten(0, 1)).abs().max() < 1e-6
+    for kind in ("kl", "square") if form == "psd logit" else ("kl",):
+        z, divergence = teach(oracle, teacher, form, x, jump, kind)
+        assert (z.softmax(-1) - oracle.psi(x, jump.s, jump.t).flatten(0, 1)).abs().max() < 1e-6
         assert gradient(divergence, z).abs().max() < 1e-6
         assert gradient(divergence, z + 0.3 * torch.arange(V)).abs().max() > 0.01
 
 
 def test_lagrangian_logit_form_loses_settled_mass():
-    """Why LSD has a signed form: the log's argument in (29) is psi_tt / psi_st.
-
-    It vanishes for a token that time t has ruled out, is clamped, and the target misses its mass.
-    """
+    """psi_tt / psi_st in (29) vanishes for a token that t rules out: the target loses its mass."""
     oracle = Oracle()
     jump = distill.Jump.between(oracle, column(0.0), column(0.3), column(0.8))
     x = normals(1, L, V)
-    z, divergence = teach(oracle, oracle, "lsd", "logit", x, jump)
+    z, divergence = teach(oracle, oracle, "lsd logit", x, jump)
     psi_tt = oracle.denoiser(oracle.flow(x, jump.s, jump.t), jump.t).flatten(0, 1)
-    lost = psi_tt < distill.CLAMP * z.exp()
+    lost = psi_tt < distill.CLAMP * z.softmax(-1)
     report, missed = divergence.function(z, *divergence.by_row, *divergence.shared)  # psi - q
     assert 0 < report["clamped"].max() < 1
     assert missed.abs().max() > 1e-3
     assert (missed[lost] > -1e-6).all()
     assert missed[lost].sum() == pytest.approx(-float(missed[~lost].sum()), abs=1e-6)
-    _, divergence = teach(oracle, oracle, "lsd", "signed", x, jump)
+    _, divergence = teach(oracle, oracle, "lsd signed", x, jump)
     assert gradient(divergence, z).abs().max() < 1e-6
-
-
-# --- The sampler and the likelihood bound on the oracle ---
 
 
 def test_sampler_on_the_oracle():
@@ -369,19 +351,16 @@ def test_sampler_on_the_oracle():
     oracle = Oracle(steps=250)
     tau, b = schedule_table("argmax", V, 0.9)
     oracle.times = lambda q: torch.from_numpy(np.interp(q, tau, b)) * 0.995  # almost to the end
-    xi = normals(64, L, V)
-    one = generate(oracle, xi, 1)
-    assert torch.equal(one, generate(oracle, xi, 3))
+    jumps = ((1, False), (3, False), (256, True))
+    one, three, euler = (generate(oracle, normals(64, L, V), *jump) for jump in jumps)
+    assert torch.equal(one, three)
     assert shares(one).sum() == 1
-    assert (generate(oracle, xi, 256, euler=True) == one).all(-1).double().mean() > 0.95
+    assert (euler == one).all(-1).double().mean() > 0.95
 
 
 @pytest.mark.parametrize("gamma", [0.4, 1.0])
 def test_renoising_on_the_oracle(gamma):
-    """Overshooting and renoising with the true flow map keeps the law of the language.
-
-    alpha_u x0 + beta_u x1 gets the mean beta_t x1 and noise of variance alpha_t^2.
-    """
+    """Renoised to t, x0 has variance alpha_t^2 and x1 the factor beta_t: samples keep their law."""
     oracle = Oracle("trigonometric", steps=60)
     oracle.times = lambda tau: tau * 0.99
     generator = torch.Generator().manual_seed(0)
@@ -418,10 +397,7 @@ def test_temperature():
 
 @pytest.mark.parametrize("case", ["linear", "lag", "embedded", "wrong"])
 def test_bound_of_the_exact_denoiser(case, monkeypatch):
-    """int r E|(x1 - psi) Q|^2 dr + E[CE] is at least the entropy, and within 1% at the best r*.
-
-    It ends at -log q of each sequence, q the weights the denoiser believes in, right or wrong.
-    """
+    """int r E|(x1 - psi) Q|^2 dr + E[CE]: the entropy at the best r*, -log q of a row at last."""
     weights = torch.full_like(WEIGHTS, 0.25) if case == "wrong" else WEIGHTS
     how = {"lag": {"path": "trigonometric", "lag": 1.5}, "embedded": {"W": normals(V, 3, seed=1)}}
     oracle = Oracle(language=(SEQUENCES, weights), **how.get(case, {}))
@@ -436,7 +412,6 @@ def test_bound_of_the_exact_denoiser(case, monkeypatch):
     mean = bound @ WEIGHTS.numpy()
     expected = -float(WEIGHTS @ weights.log())
     assert 0.99 * expected < mean.min() < 1.01 * expected  # an estimate
-    assert mean[0] > 1.1 * expected  # r* near 0: the positions' own entropies, summed
     assert case == "embedded" or np.abs(bound[-1] + weights.log().numpy()).max() < 0.03
 
 
@@ -448,10 +423,6 @@ def test_bound_of_the_grammar():
     source = -np.mean([prepare_data.grammar_log_prob(row) for row in rows])
     _, _, bound = likelihood_bound(oracle, rows, 0, 128)
     assert bound.mean(1).min() == pytest.approx(source, rel=0.01)
-    assert source == pytest.approx(prepare_data.grammar_entropy(), rel=0.05)
-
-
-# --- Losses and their gradients ---
 
 
 def small_model(vocab=40, **config):
@@ -485,9 +456,8 @@ def flags(loss="psd", **changes):
     train_diagonal.training_flags(parser, 1)
     train_diagonal.context_flags(parser)
     args = parser.parse_args(["--loss", loss, "--diagonal-from", "data", "--no-learned-weight"])
-    vars(args).update(
-        {"diagonal_power": 0.0, "consistency_power": 0.0, "boundary": 1 / 8} | changes
-    )
+    plain = {"diagonal_power": 0.0, "consistency_power": 0.0, "boundary": 1 / 8}
+    vars(args).update(plain | changes)
     return args
 
 
@@ -526,19 +496,17 @@ def test_head_loss(kind):
     assert same(*grads, rtol=0, atol=1e-9)
     assert torch.allclose(report["weighted"], weighted)
     assert torch.allclose(report["loss"], weighted_loss(z, q, kind=kind))
-    if kind != "cross_entropy":
-        assert torch.allclose(report["teacher_entropy"], -torch.xlogy(q, q).sum(-1))
 
 
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize(("loss", "form"), FORMS)
-def test_target_is_a_constant(loss, form, joint):
+@pytest.mark.parametrize("form", FORMS)
+def test_target_is_a_constant(form, joint):
     """The gradient is that of -<q, log psi_st> with q fixed; a frozen stage 1 never gets any."""
     model = small_model(V)
     stage1 = small_model(V)
     jump = distill.Jump.between(model, column(0.2, 0.1), column(0.4, 0.2), column(0.8, 0.4))
-    y = normals(2, 5, 16)
-    h, divergence = teach(model, model if joint else stage1, loss, form, y, jump)
+    teacher = model if joint else stage1
+    h, divergence = teach(model, teacher, form, normals(2, 5, 16), jump)
     z = h @ model.head.T
     q = z.detach().softmax(-1) - gradient(divergence, z.detach())
     ones = torch.ones(len(h), dtype=torch.float64)
@@ -550,14 +518,10 @@ def test_target_is_a_constant(loss, form, joint):
 
 @pytest.mark.parametrize("target", [None, 1.0, 4.0])
 def test_diagonal(target):
-    """(22) with the weight (45), c = 0.01, at states x_t of each row's own time, tokens and noise.
-
-    Taught by stage 1, a constant, q = psi_0 + target (psi_c - psi_0) with negative entries at 0.
-    """
+    """(22) or KL(sg[q] || psi_tt), q of stage 1, guided or not, with the weight (45), c = 0.01."""
     model, tokens, draw = small_case(schedule_blend=0.7)
     stage1 = copy.deepcopy(model)
-    with torch.no_grad():
-        stage1.head.mul_(1.3)
+    stage1.head.data.mul_(1.3)
     block = tokens[:, 2:]
     places = torch.arange(2, 5)
     student, teacher = (n.given(n.encode(tokens[:, :2]), places) for n in (model, stage1))
@@ -567,6 +531,8 @@ def test_diagonal(target):
     x_t = (1 - t)[..., None] * noise.normal(3, V) + t[..., None] * q
     networks = (student, teacher, teacher.alone())
     z, z_c, z_0 = (n(x_t @ model.embedding, t, t) @ n.head.T for n in networks)
+    graphs = []
+    stage1.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
     if target is None:
         losses, report = train_diagonal.diagonal(student, block, draw())
     else:
@@ -575,6 +541,7 @@ def test_diagonal(target):
         q = z_0.softmax(-1) + target * (z_c.softmax(-1) - z_0.softmax(-1))
         assert (q < 0).any() == (target > 1)
         q = F.normalize(q.clamp(min=0), 1, dim=-1).detach()
+    assert not any(graphs)
     plain = weighted_loss(z, q, 0.01, 0.5).mean()
     assert torch.allclose(losses["diagonal"], plain, rtol=1e-4)
     assert torch.allclose(*report.values(), weighted_loss(z, q).mean(), rtol=1e-4)
@@ -583,52 +550,32 @@ def test_diagonal(target):
 
 
 @pytest.mark.parametrize("loss", sorted(distill.TEACHERS))
-def test_consistency(loss, monkeypatch):
-    """exp(-w) loss + w: the loss is (27, 31, 35), a mean over tokens, weighted by (45), c = 1e-6.
-
-    w is a function of s for PSD, of (s, t) for LSD and ESD. Its gradient is 1 - exp(-w) loss.
-    """
+def test_consistency(loss):
+    """exp(-w) loss + w of (27, 31, 35), w(s) for PSD, else w(s, t), weighted by (45), c = 1e-6."""
     model, tokens, draw = small_case(interpolant="trigonometric", position_lag=1.0)
-    last = model.loss_weight[-1]
-    torch.nn.init.zeros_(last.weight)  # so w is its bias
-    torch.nn.init.constant_(last.bias, 0.7)
-    seen = []
-    teacher, log_weight = distill.TEACHERS[loss], model.log_weight
-    spy = lambda *inputs: seen.append((inputs, teacher(*inputs))) or seen[-1][1]  # noqa: E731
-    monkeypatch.setitem(distill.TEACHERS, loss, spy)
-    monkeypatch.setattr(model, "log_weight", lambda *st: seen.append(st) or log_weight(*st))
     args = flags(loss, consistency_power=0.4, learned_weight=True)
-    losses, report = distill.consistency(model, model, tokens, draw(), args, loss)
-    ((_, _, y, jump, _), (h, divergence)), (s, t) = seen
-    noise = draw()
-    expected = distill.Jump.between(model, *distill.draw_progress(noise, args.boundary))
-    assert same(jump, [v.float() for v in expected])
-    assert torch.equal(y, model.interpolate(noise.normal(5, V), tokens, jump.s))
-    assert torch.equal(s, jump.s)
-    assert torch.equal(t, s if loss == "psd" else jump.t)
-    z = (h @ model.head.T).flatten(0, 1)
-    q = (z.softmax(-1) - gradient(divergence, z.detach().clone())).detach()
-    plain = weighted_loss(z, q, 1e-6, 0.4).mean()
-    assert torch.allclose(losses["consistency"], math.exp(-0.7) * plain + 0.7, rtol=1e-4)
-    assert torch.allclose(report["consistency_kl"], weighted_loss(z, q).mean(), rtol=1e-4)
-    ours = grads_of(losses["consistency"], model)
-    expected = [*grads_of(math.exp(-0.7) * plain, model)[:-1], 1 - math.exp(-0.7) * plain[None]]
-    del ours[-2], expected[-2]  # the weights before the bias
-    assert same(ours, expected, rtol=1e-3, atol=1e-5)
-    inputs = model, model, tokens, draw(), args, "psd", True  # jumps to data, without the weight
-    assert not grads_of(distill.consistency(*inputs)[0]["consistency"], model)[-1].any()
+    for to_data in (True, False):
+        losses, report = distill.consistency(model, model, tokens, draw(), args, loss, to_data)
+        noise = draw()
+        progress = distill.draw_progress(noise, args.boundary, to_data)
+        jump = distill.Jump(*(v.float() for v in distill.Jump.between(model, *progress)))
+        y = model.interpolate(noise.normal(5, V), tokens, jump.s)
+        h, divergence = distill.TEACHERS[loss](model, model, y, jump, args)
+        z = (h @ model.head.T).flatten(0, 1)
+        q = z.detach().softmax(-1) - gradient(divergence, z.detach().clone())
+        w = model.log_weight(jump.s, jump.s if loss == "psd" else jump.t) * (not to_data)
+        plain = (torch.exp(-w) * weighted_loss(z, q, 1e-6, 0.4).view(16, 5) + w).mean()
+        assert torch.allclose(losses["consistency"], plain, rtol=1e-4)
+        assert torch.allclose(report["consistency_kl"], weighted_loss(z, q).mean(), rtol=1e-4)
+        grads = (grads_of(total, model) for total in (losses["consistency"], plain))
+        assert same(*grads, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(w, model.log_weight(jump.s, jump.t + 0.1))
 
 
-SHARED_OUT = [("psd", False, 0), ("esd", False, 0), ("esd", True, 0), ("esd", False, 0.25)]
-
-
-@pytest.mark.parametrize(("loss", "joint", "psd_share"), SHARED_OUT)
-def test_rows_are_shared_out(loss, joint, psd_share, monkeypatch):
-    """Half of any even run of rows learns the diagonal, the others the identity of --loss.
-
-    PSD's teacher is the student, as in joint training; ESD's is stage 1. Under --psd-share some of
-    the others learn PSD in jumps to data; the loss is the mean over both kinds.
-    """
+@pytest.mark.parametrize("how", [("psd", 0), ("esd", 0), ("esd", 0, "joint"), ("esd", 0.25)])
+def test_rows_are_shared_out(how, monkeypatch):
+    """Diagonal, identity and PSD to data get their shares of any run of rows and their teachers."""
+    loss, psd_share, *joint = how
     model, tokens, _ = small_case(32)
     stage1 = None if joint else copy.deepcopy(model)
     seen = []
@@ -664,9 +611,8 @@ def test_surgery(sign, monkeypatch):
     model = SimpleNamespace(held_factor=None, noise_factor=lambda: torch.ones(1))
     a, noise, other = normals(3, 7, seed=1)
     b = sign * a + 0.1 * noise
-    means = iter([a, b])  # of all ranks; this one's own are other things
-    average = lambda _: list(next(means).clone().split([4, 3]))  # noqa: E731
-    monkeypatch.setattr(train_diagonal, "average", average)
+    means = iter([a.clone(), b.clone()])  # of all ranks; this rank's own gradients differ
+    monkeypatch.setattr(train_diagonal, "average", lambda _: list(next(means).split([4, 3])))
 
     def objective(model, tokens, draw):
         return {"first": other @ torch.cat(params), "second": -other @ torch.cat(params)}, {}
@@ -675,10 +621,6 @@ def test_surgery(sign, monkeypatch):
     assert scalars["conflict"] == (sign < 0)
     left = b - (a @ b) / (a @ a) * a if sign < 0 else b
     assert torch.allclose(torch.cat(grads), a + left)
-
-
-PAIRS = torch.tensor([[0, 1], [1, 2], [2, 0]])
-SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
 
 def learn(model, objective, steps, lr, surgery=False):
@@ -717,25 +659,20 @@ def errors(model, euler=False):
     return kl, (shares(generate(model, xi, 1, euler), PAIRS) - SHARES).abs().max()
 
 
-LEARNING = [("psd", "logit", 3e-3, 300), ("lsd", "signed", 3e-3, 350), ("esd", "logit", 5e-4, 400)]
-
-
-@pytest.mark.parametrize(("loss", "form", "lr", "steps"), LEARNING)
-def test_learning_reaches_the_truth(loss, form, lr, steps):
+@pytest.mark.parametrize("case", [("psd", 300, 3e-3), ("lsd", 350, 3e-3), ("esd", 400, 5e-4)])
+def test_learning_reaches_the_truth(case):
     """Each loss halves the diagonal's KL to the true psi_st; one step is within 0.1 of it."""
+    loss, steps, lr = case
     diagonal_kl, one_step = errors(learned_diagonal(), euler=True)
     assert one_step > 0.3
     model = copy.deepcopy(learned_diagonal())
     model.embedding.requires_grad_(False)
-    weights = {"learned_weight": True, "consistency_power": 0.5} if loss == "esd" else {}
-    objective = distill.distillation(flags(loss, target=form, **weights), learned_diagonal())
+    how = {"lsd": {"target": "signed"}, "esd": {"learned_weight": True, "consistency_power": 0.5}}
+    objective = distill.distillation(flags(loss, **how.get(loss, {})), learned_diagonal())
     learn(model, objective, steps, lr, surgery=loss == "psd")
     kl, one_step = errors(model)
     assert kl < diagonal_kl / 2
     assert one_step < 0.1
-
-
-# --- The schedule ---
 
 
 @pytest.mark.parametrize("vocab", [2, 27, 50257])
@@ -743,8 +680,7 @@ def test_argmax_schedule(vocab):
     """P(argmax x_t = token) has closed forms, is linear in tau, and is what samples show."""
     r = torch.tensor([0.0, 0.5, 1.0, 3.0, 5.0, 30.0], dtype=torch.float64)
     ours = net.argmax_accuracy(r, vocab)
-    assert ours[0] == pytest.approx(1 / vocab, rel=1e-9)
-    assert ours[-1] == pytest.approx(1, abs=1e-12)
+    assert ours[[0, -1]].tolist() == pytest.approx([1 / vocab, 1], rel=1e-9)
     if vocab == 2:  # the difference of two unit Gaussians
         assert torch.allclose(ours, torch.special.ndtr(r / 2**0.5), atol=1e-12)
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(200))
@@ -768,8 +704,7 @@ def test_schedule_times(path, schedule):
     model = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule, interpolant=path))
     tau = torch.linspace(0, 1, 5001, dtype=torch.float64)
     t = model.times(tau[:, None]).squeeze(1)
-    assert t[0] == 0
-    assert (t.diff() > 0).all()
+    assert ((t[0] == 0) & (t.diff() > 0)).all()
     assert model.times(column(net.LAST)) == t[-1] < 1
     alpha, beta = model.path.alpha(t[1:-1]), model.path.beta(t[1:-1])
     expected = tau[1:-1]
@@ -784,26 +719,19 @@ def test_position_lag(schedule):
     """Earlier positions first (38), from 0 to the end together; rates are derivatives of times."""
     tau = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)[:, None]
     one = torch.ones_like(tau)
-    q, rate = net.lagged(tau, 2.0, 4)
-    slope = torch.func.jvp(lambda tau: net.lagged(tau, 2.0, 4)[0], (tau,), (one,))[1]
-    assert torch.allclose(rate, slope)
+    q, _ = net.lagged(tau, 2.0, 4)
     assert torch.allclose(torch.logit(q[:, :1]) - torch.logit(q[:, -1:]), 2.0 * one)
-    ends = column(0.0, 1.0)
-    assert torch.equal(net.lagged(ends, 2.0, 4)[0], ends.expand(2, 4))
+    assert torch.equal(net.lagged(column(0, 1), 2.0, 4)[0], column(0, 1).expand(2, 4))
     shared = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule))
     model = DiT(ModelConfig(27, 4, 1, 16, 2, schedule=schedule, position_lag=2.0))
     t, rate = model.times_and_rates(tau)
     assert torch.allclose(t, torch.cat([shared.times(part) for part in q.split(1, -1)], -1))
     factor = (model.times(tau + 1e-7) - model.times(tau - 1e-7)) / 2e-7 / rate  # one for each row
-    spread = (factor.std(-1) / factor.mean(-1)).median()  # the slope jumps at a table's knots
-    assert spread < 1e-6
+    assert (factor.std(-1) / factor.mean(-1)).median() < 1e-6  # it jumps at a table's knots
     assert torch.allclose(rate.mean(-1, keepdim=True), one)
     assert torch.equal(shared.times_and_rates(tau)[1], one)
     block = model.given(None, torch.arange(2, 4))  # a block is a row of its own
     assert torch.equal(block.times(tau), model.times(tau, 2))
-
-
-# --- The network and its noise ---
 
 
 def test_sizes():
@@ -811,8 +739,8 @@ def test_sizes():
     config = ModelConfig(50257, 1024, **net.SIZES["base"])
     with torch.device("meta"):
         block = sum(p.numel() for p in net.Block(config).parameters())
-    total = block * config.layers + 2 * config.vocab_size * config.width
-    assert round(total / 1e6) == 169  # the time's part is the rest
+    total = block * config.layers + 2 * config.vocab_size * config.width  # and the time's part
+    assert round(total / 1e6) == 169
     for rows, vocab in ((1, 50257), (1000, 27), (65536, 50257)):
         found = CHUNKS(rows, vocab)
         assert [i for part in found for i in range(rows)[part]] == list(range(rows))
@@ -871,8 +799,7 @@ def test_checkpointed_and_compiled_steps(loss, monkeypatch):
 
     def step(case):
         hooks, sizes = saved()
-        with torch.no_grad():
-            model.final_modulation.bias.copy_(torch.linspace(0, 0.1 * case, 32))
+        model.final_modulation.bias.data.copy_(torch.linspace(0, 0.1 * case, 32))
         with hooks:
             draw = Draw(0, case, np.arange(4), "cpu")
             total = loss_of(loss, model, (tokens + case) % V, draw)
@@ -899,10 +826,7 @@ def test_checkpointed_and_compiled_steps(loss, monkeypatch):
 @pytest.mark.parametrize("per_position", [False, True])
 @pytest.mark.parametrize("context", [0, 2])
 def test_forward_mode_derivative(path, per_position, context):
-    """D_s h_st and d/dt h_st in one dual pass: central differences and torch.func.jvp agree.
-
-    h has the gradients of a plain pass; the tangent has none. A clean context does not move.
-    """
+    """D_s and d/dt of h_st: differences, torch.func.jvp and the dual pass agree; h has a graph."""
     model = small_model(interpolant=path)
     keys = model.encode(torch.randint(40, (3, context))) if context else None
     block = model.given(keys, torch.arange(context, 5))
@@ -928,9 +852,7 @@ def test_forward_mode_derivative(path, per_position, context):
 def test_embedded_noise(vocab):
     """xi C^T has the law of x0 W: covariance W^T W of any rank, and the gradient of E|x0 W A|^2."""
     model = small_model(vocab)
-    W = torch.nn.init.normal_(
-        model.embedding
-    )  # it is orthogonal at its start, which hides mistakes
+    W = torch.nn.init.normal_(model.embedding)  # orthogonal at its start, which hides mistakes
     assert model.noise_size == (16 if vocab > 32 else vocab)
     A = normals(16, 3)
     factor = model.embed_noise(torch.eye(model.noise_size, dtype=torch.float64)[None])[0]
@@ -939,8 +861,7 @@ def test_embedded_noise(vocab):
     ours = torch.autograd.grad((factor @ A).square().sum(), W)[0]  # E|y0 A|^2 = |factor A|^2
     plain = torch.autograd.grad((W @ A).square().sum(), W)[0]  # E|x0 W A|^2 = |W A|^2
     assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        W[:, 0] = W[:, 1]
+    W.data[:, 0] = W.data[:, 1]
     assert model.noise_factor().isfinite().all()
 
 
@@ -973,9 +894,6 @@ def test_noise_factor_is_shared(vocab, monkeypatch):
     assert len(calls) == 2 * (vocab == 40)  # once more, to hold it
 
 
-# --- Randomness, rows and the grammar ---
-
-
 def test_draw():
     """A row's numbers do not depend on the rows drawn with it; each call and step has new ones."""
 
@@ -988,14 +906,15 @@ def test_draw():
         for draw in (Draw(3, 7, index[mask], "cpu"), Draw(3, 7, index, "cpu").part(mask)):
             expected = [x[mask] if x.ndim else x for x in whole]
             assert same(numbers(draw), expected, rtol=0, atol=0)
+            later = Draw(3, 7, index, "cpu", calls=3).part(mask)
+            assert torch.equal(later.normal(4, 5), expected[3])
     for seed, step in ((3, 8), (4, 7)):
         others = numbers(Draw(seed, step, index, "cpu"))
         assert not any(torch.equal(a, b) for a, b in zip(whole, others, strict=True))
     normal, uniform, _, later = whole
     assert not torch.equal(normal, later)
     assert uniform.flatten().sort().values.diff().max() < 3 / 512  # low discrepancy
-    assert abs(float(normal.mean())) < 0.04
-    assert abs(float(normal.std()) - 1) < 0.03
+    assert abs(normal.mean()) + abs(normal.std() - 1) < 0.04
 
 
 @pytest.mark.parametrize("to_data", [False, True])
@@ -1019,14 +938,13 @@ def test_draw_progress(to_data):
 
 def test_pack():
     """Documents are joined by EOS, cut every L - 2 tokens and framed; an incomplete rest drops."""
-    rows = np.concatenate(list(prepare_data.pack([[1, 2, 3], [4], [5, 6]], 6, bos=8, eos=9)))
+    (rows,) = prepare_data.pack([[1, 2, 3], [4], [5, 6]], 6, bos=8, eos=9)
     assert rows.tolist() == [[8, 1, 2, 3, 9, 9], [8, 4, 9, 5, 6, 9]]
     documents = [list(range(i % 7)) for i in range(3000)]
     rows = np.concatenate(list(prepare_data.pack(documents, 10, bos=8, eos=9)))
     stream = [t for ids in documents for t in [*ids, 9]]
     assert rows[:, 1:-1].flatten().tolist() == stream[: len(stream) // 8 * 8]
-    (plain,) = prepare_data.pack([range(10)], 4, None, None)
-    assert plain.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert next(prepare_data.pack([range(7)], 3, None, None)).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_grammar_is_exact():
@@ -1035,12 +953,10 @@ def test_grammar_is_exact():
         assert sum(p for p, _ in arcs.values()) == pytest.approx(1, abs=1e-12)
     rows = prepare_data.grammar_rows(20_000, 1)
     nll = -np.array([prepare_data.grammar_log_prob(row) for row in rows])
-    entropy = prepare_data.grammar_entropy()
-    assert abs(nll.mean() - entropy) < 4 * nll.std() / len(nll) ** 0.5
+    error = nll.std() / len(nll) ** 0.5
+    assert abs(nll.mean() - prepare_data.grammar_entropy()) < 4 * error
     assert rows.shape[1] == prepare_data.grammar_longest() == (rows != 0).sum(1).max()
     words = prepare_data.grammar_words()
-    assert len(words) - 2 >= 40
-    assert entropy >= 10
 
     def probability(text):
         row = [words.index(word) for word in text.split()]
@@ -1055,34 +971,24 @@ def test_grammar_is_exact():
         assert probability(right.replace(old, new)) == 0
 
 
-# --- Clean context (section 4.2) ---
-
-
-def masked_reference(model, tokens, y, s, t):
-    """h of the block, from one pass over context and block with a dense mask, written out."""
-    n = y.shape[1]
-    c = tokens.shape[1]
-    i = torch.arange(c + n)
-    hidden = (i[:, None] < c) & (i > i[:, None])  # a block's row sees all, a context's no later one
-    one = torch.ones(len(y), c, dtype=y.dtype)
-    s, t = (torch.cat([one, v.expand(-1, n)], 1) for v in (s, t))
-
-    def dense(q, k, v, causal):
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.attention", dense)
-        return model(torch.cat([model.embedding[tokens], y], 1), s, t)[:, c:]
-
-
 def test_given_is_the_masked_pass():
     """Cached keys, in one part or two, give what one pass with the mask of section 4.2 gives."""
     model = small_model()
     tokens = torch.randint(40, (2, 3))
     places = torch.arange(3, 5)
-    inputs = (normals(2, 2, 16), column(0.2, 0.5), column(0.6, 0.9))
-    expected = masked_reference(model, tokens, *inputs)
+    y, s, t = inputs = (normals(2, 2, 16), column(0.2, 0.5), column(0.6, 0.9))
+    hidden = torch.ones(5, 5).triu(1).bool()  # a context's token sees no later one, a block's all
+    hidden[3:] = False
+
+    def dense(q, k, v, causal):
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -math.inf)
+        return scores.softmax(-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.attention", dense)
+        row = torch.cat([model.embedding[tokens], y], 1)
+        times = (torch.cat([torch.ones(2, 3), v.expand(2, 2)], 1) for v in (s, t))
+        expected = model(row, *times)[:, 3:]
     keys = model.encode(tokens)
     parts = model.encode(tokens[:, 1:], before=model.encode(tokens[:, :1]))
     by_row = model.encode(tokens, torch.arange(3).expand(2, 3))
@@ -1091,16 +997,13 @@ def test_given_is_the_masked_pass():
     alone = model.given(keys, places).alone()(*inputs)
     assert not torch.allclose(alone, expected, atol=1e-3)
     assert torch.equal(alone, model.given(None, places)(*inputs))
-    row = model.given(None, torch.arange(2))(*inputs)
-    assert torch.allclose(row, model(*inputs), atol=1e-12)
+    assert same(model.given(None, torch.arange(2))(*inputs), model(*inputs), atol=1e-12)
 
 
-KINDS = [("block", 2), ("any", 2), ("any", None), ("scatter", None)]
-
-
-@pytest.mark.parametrize(("kind", "size"), KINDS)
-def test_by_context(kind, size):
+@pytest.mark.parametrize("how", [("block", 2), ("any", 2), ("any", None), ("scatter", None)])
+def test_by_context(how):
     """Context and block are parts of the row as --context says; the loss is the mean over rows."""
+    kind, size = how
     model = small_model()
     L = 6
     model.cos, model.sin = torch.ones(2, L, 4, dtype=torch.float64)  # only tokens matter
@@ -1127,16 +1030,16 @@ def test_by_context(kind, size):
         assert sorted(np.concatenate([rows for *_, rows in calls])) == list(range(40))
         for c, places, block, rows in calls:
             n = places.shape[1]
-            gaps = places.diff(dim=-1)
+            gap = places.diff(dim=-1)
             assert torch.equal(block, tokens[torch.from_numpy(rows)].gather(1, places))
-            assert (gaps > 0).all() if kind == "scatter" else (gaps == 1).all()
-            before = torch.full((len(places),), L - n) if kind == "scatter" else places[:, 0]
+            assert (gap > 0).all() if kind == "scatter" else (gap == 1).all()
+            before = 0 * places[:, 0] + L - n if kind == "scatter" else places[:, 0]
             assert (n == (L - before).clamp(max=size or L)).all()
             found += [(c, start) for start in before.tolist()]
     contexts, starts = np.array(found).T
     assert set(starts) == ({0, 2, 4} if kind == "block" else set(range(L)))
     assert ((contexts == starts) | (contexts == 0)).all()
-    assert (contexts > 0)[starts > 0].mean() == pytest.approx(0.75, abs=0.05)
+    assert (contexts > 0)[starts > 0].mean() == pytest.approx(0.75, abs=0.05)  # not dropped
     alone = sum(run(19, slice(i, i + 1))[0]["x"] for i in range(40)) / 40
     assert torch.allclose(losses["x"], alone, atol=1e-12)
 
@@ -1180,21 +1083,20 @@ def test_fill_in():
     out = fill_in(model, tokens, given, start(), nfe=2)
     keys = model.encode(tokens[:, given], given.nonzero().squeeze(1))
     gaps = (~given).nonzero().squeeze(1)
-    new = generate(model.given(keys, gaps), start()(8), 2)
-    assert torch.equal(out, tokens.index_copy(1, gaps, new))
+    expected = generate(model.given(keys, gaps), start()(8), 2)
+    assert torch.equal(out, tokens.index_copy(1, gaps, expected))
 
 
 def test_guidance():
     """psi = psi_0 + omega (psi_c - psi_0) in each jump; omega 0 and 1 are the plain branches."""
     model, tokens, start = sampling_case()
     given = model.given(model.encode(tokens[:, :5]), torch.arange(5, 9))
-    alone = given.alone()
     xi = start()(4)
-    for omega, plain in ((0.0, alone), (1.0, given)):
+    for omega, plain in ((0.0, given.alone()), (1.0, given)):
         assert torch.equal(generate(given, xi, 3, guidance=omega), generate(plain, xi, 3))
 
     def guided(y, s, t):
-        psi_c, psi_0 = ((n(y, s, t) @ model.head.T).softmax(-1) for n in (given, alone))
+        psi_c, psi_0 = ((n(y, s, t) @ model.head.T).softmax(-1) for n in (given, given.alone()))
         return psi_0 + 1.8 * (psi_c - psi_0)
 
     s, t, end = (time.expand(3, 1) for time in model.times(column(0, 0.5, 1)))
@@ -1202,10 +1104,6 @@ def test_guidance():
     y = model.path.flow_map(y, guided(y, s, t) @ model.embedding, s, t)
     expected = guided(y, t, end).argmax(-1)
     assert torch.equal(generate(given, xi, 2, guidance=1.8), expected)
-    assert not torch.equal(generate(given, xi, 2), expected)
-
-
-# --- What a newcomer changes: a path, a loss, a network, each in one place ---
 
 
 def test_a_new_loss(monkeypatch):
@@ -1221,12 +1119,10 @@ def test_a_new_loss(monkeypatch):
     model, teacher = copy.deepcopy(learned_diagonal()), copy.deepcopy(learned_diagonal())
     torch.nn.init.normal_(teacher.head)
     objective = distill.distillation(flags("stay"), teacher)
-    kls = []
-    for steps in (1, 60):
-        learn(model, objective, steps, 3e-3)
-        _, report = objective(model, PAIRS.repeat(80, 1), Draw(7, 0, np.arange(240), "cpu"))
-        kls.append(report["consistency_kl"])
-    assert kls[1] < kls[0] / 2
+    learn(model, objective, 60, 3e-3)
+    batch = PAIRS.repeat(80, 1), Draw(7, 0, np.arange(240), "cpu")
+    before, after = (objective(m, *batch)[1] for m in (learned_diagonal(), model))
+    assert after["consistency_kl"] < before["consistency_kl"] / 2
 
 
 class Mixer(torch.nn.Module):
@@ -1252,4 +1148,3 @@ def test_a_new_network(monkeypatch):
     model, tokens, draw = small_case(8)
     grads = grads_of(loss_of("esd", model, tokens, draw()), model)
     assert all(grad.isfinite().all() for grad in grads)
-    assert train_diagonal.flops_per_row(model, 5) > 0

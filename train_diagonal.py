@@ -508,7 +508,10 @@ class Log:
         self.say(f"step {done:,}/{self.args.steps:,}  " + "  ".join([*numbers, left]))
 
     def speed(self):
-        """Seconds a step, tokens a second, peak memory in GB, and on known GPUs the MFU."""
+        """Seconds a step, tokens a second, peak memory in GB, and on known GPUs the MFU.
+
+        The first line of a run includes the time for compilation.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - self.clock) / self.steps
