@@ -2,13 +2,13 @@
 
     python distill.py --loss esd                    # from the run that train_diagonal.py writes
     torchrun --nproc_per_node=8 distill.py --loss psd
-    python distill.py --data data/grammar --loss lsd --target signed --steps 1000 --warmup 100 \\
-        --batch-size 128
+    python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint            # both losses at once, from scratch
 
 Reads a data set and a stage-1 checkpoint. Writes runs/NAME-LOSS/ as stage 1 does. Half of the rows
 go on learning the diagonal (21). The others learn one identity of the mean denoiser, by minimising
-KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant:
+KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant. (LSD's teacher is
+ill-conditioned, so LSD descends its identity's residual by default: --target signed.)
 
     psd   semigroup     psi_st = omega psi_su + (1 - omega) psi_ut(X_su)            (23, 64)
     lsd   Lagrangian    psi_st = softmax(z_tt(X_st) - log(1 + C delta))             (24, 29)
@@ -51,8 +51,9 @@ from train_diagonal import (
 class Jump(NamedTuple):
     """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
-    If all positions share one time the rates ds and dt are 1. If each has its own (38), D_s and
-    d/dt are derivatives along the row's common progress, so each position has a rate (mean 1).
+    If all positions share one time the rates ds and dt are 1. If each has its own (38), derivatives
+    are taken along the row's common progress: ds and dt are then d time / d progress, scaled to a
+    mean of 1. They are the tangents of the times, and the identities are divided by them.
     """
 
     s: torch.Tensor
@@ -85,7 +86,7 @@ def draw_progress(draw, boundary, to_data=False):
 # ------------------------------------------------------------------------------------------------
 # The teachers: (model, teacher, y, jump, args) -> (h_st of the student (B, L, D) with its graph,
 # a Divergence whose target is a constant of the gradient). `teacher` gives the instantaneous
-# denoiser. A new loss is a new entry of TEACHERS; its defaults are those of esd.
+# denoiser. A new loss is a new entry of TEACHERS; flags that depend on --loss default as for esd.
 
 
 def psd(model, teacher, y, jump, args):
@@ -137,13 +138,13 @@ TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 
 
 def corrected(model, teacher, h_teacher, dh, a, b, args):
-    """The divergence from the identity a (psi_st - psi) + b d psi_st = 0.
+    """A `Divergence` whose fixed point satisfies the identity a (psi_st - psi) + b d psi_st = 0.
 
     psi and its logits z are the teacher's, from h_teacher (B, L, D). dh (B, L, D) is the derivative
     of the student's h, so d psi_st = psi_st delta, delta = dz - <psi_st, dz>. a, b: (B, 1 or L).
     For LSD psi = psi_tt(X_st), a = 1, b = C; for ESD psi = psi_ss, a = Gamma_st and
-    b = -Gamma_st / kappa. Dividing by psi_st gives psi_st = psi / (a + b delta), up to a factor.
-    Two forms with the same fixed point:
+    b = -Gamma_st / kappa; b is divided by the positions' rates. Solved for psi_st, the identity
+    says that it is psi / (a + b delta), up to a factor. Two forms with the same fixed point:
 
         logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution.
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, finite at t = 1.
@@ -247,12 +248,12 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
 
 
 def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
-    """The identity's loss, KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) by default.
+    """The identity's loss: KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask.
 
     It has two weights: the adaptive one (45) with c = 1e-6, and a learned w, which turns the loss
     into exp(-w) loss + w and is a function of s for PSD, of (s, t) for LSD and ESD.
-    loss: a key of TEACHERS. to_data: all jumps end at data, and the learned weight is off: it was
-    fitted to rows on another loss scale.
+    loss: a key of TEACHERS. to_data: all jumps end at data, and the learned weight is off, since it
+    is fitted to the other rows, whose loss has another scale.
     """
     B, L = tokens.shape
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
@@ -303,15 +304,15 @@ def instantaneous(z, h, head):
     return softmax(h @ head.T), {}
 
 
-def guided(z, h_c, h_0, omega, head):
-    """q = psi_0 + omega (psi_c - psi_0) (section 4.2), brought back to the simplex.
+def guided(z, h_c, h_0, guidance, head):
+    """q = psi_0 + guidance (psi_c - psi_0) (section 4.2), brought back to the simplex.
 
-    For omega > 1 the sum can have negative entries, which no logits can give. They are set to 0,
+    For guidance > 1 the sum can have negative entries, which no logits can give. They are set to 0,
     and the rest is scaled to sum to 1.
     """
     psi_c = softmax(h_c @ head.T)
     psi_0 = softmax(h_0 @ head.T)
-    q = (psi_0 + omega * (psi_c - psi_0)).clamp(min=0)
+    q = (psi_0 + guidance * (psi_c - psi_0)).clamp(min=0)
     return q / q.sum(-1, keepdim=True), {}
 
 
@@ -349,10 +350,10 @@ def distillation(args, stage1=None):
 
 
 def spread(rows, share):
-    """(which of `rows` are in an evenly spread share of all rows, their index among the others).
+    """(chosen, index) for `rows`, an int array (n,) of indices into the global batch.
 
-    rows: int array (n,), indices into the global batch. A run of rows gets its share of each kind,
-    so micro-batches and ranks change nothing.
+    chosen: true for an evenly spread share of all rows. index: numbers the rows that are not
+    chosen. Any run of rows has its share of both, so micro-batches and ranks change nothing.
     """
     before = np.floor(rows * share + 1e-9).astype(int)
     after = np.floor((rows + 1) * share + 1e-9).astype(int)
@@ -417,9 +418,9 @@ def distillation_flags(parser):
     add("--diagonal-share", type=fraction, default=0.5, help=text)
     text = "what they learn: the clean tokens, or stage 1's denoiser (default: data)"
     add("--diagonal-from", choices=["data", "stage1"], help=text)
-    text = "of lsd and esd: share of the other rows that learn the semigroup, by jumps to data"
+    text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
-    text = "share of the other rows that jump all the way from noise to data"
+    text = "share of the non-diagonal rows that jump all the way from noise to data"
     add("--boundary", type=fraction, default=1 / 32, help=text)
     text = "exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss"
     add("--consistency-power", type=fraction, default=0.5, help=text)

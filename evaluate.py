@@ -69,8 +69,8 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     """(NLL in nats, tokens counted) of each text, float64 (N, 2); gen-PPL is exp(sum / sum).
 
     The field's protocol: texts keep their special tokens, are re-tokenised for the judge and cut at
-    max_length, the model's own L. No BOS is added, so the first token is not scored. Every token
-    other than EOS counts, and the first EOS; padding never does. Every text counts.
+    max_length, the model's own L. No BOS is added, so the first token is not scored. Scored are all
+    tokens other than EOS and the first EOS; never padding. Every text counts.
     """
     eos = tokenizer.eos_token_id
     cut = dict(add_special_tokens=False, truncation=True, max_length=max_length)
@@ -287,7 +287,7 @@ def bound_grid(model, points):
 def whitening(model):
     """A root S of the inverse covariance of y0 = x0 W, (D, rank): y @ S has unit noise.
 
-    Any root gives the same norms, so C^{-T} of `likelihood_bound` is computed by eigenvectors.
+    `likelihood_bound` writes C^{-T}. Any root gives the same norms; this one is by eigenvectors.
     """
     factor = model.noise_factor().detach()
     covariance = factor.cpu().double().T @ factor.cpu().double()
@@ -309,9 +309,9 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     that stops at r* and draws each token from psi. The network sees y = x W, so noise of
     covariance W^T W = C C^T; whitened, that is a unit Gaussian channel with Q = W C^{-T}.
 
-    r is log-spaced, each value with fresh noise and its negative. The integral is the trapezoid
-    rule in log r, and before the first r takes the error at r = 0. With times per position (38) the
-    same holds, each position with its own r.
+    r is log-spaced, each value with fresh noise xi and -xi. The integral is the trapezoid rule in
+    log r; below the first r the error is taken constant, at its value for r = 0. With times per
+    position (38) the same holds, each position with its own r.
 
     tokens: (N, L). Returns (r (K,) of the middle position, cross-entropy (K, N), bound (K, N)) for
     K = points values of r*: the smallest mean over rows is the one to report.
@@ -487,7 +487,7 @@ def parse_args():
     add = parser.add_argument
     text = "checkpoints or run folders (default: runs/owt-esd)"
     add("--checkpoint", type=Path, nargs="+", default=[], help=text)
-    text = "samples made elsewhere: .jsonl, .npy of ids, or text with one a line"
+    text = "samples made elsewhere: .jsonl, .npy of ids, or text with one a line (default: none)"
     add("--samples", type=Path, nargs="+", default=[], help=text)
     text = "data set for control and training rows (default: the one trained on)"
     add("--data", type=Path, help=text)

@@ -125,13 +125,14 @@ INTERPOLANTS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# The noise schedule (36): how fast the path is walked. It is a law over times, in training and in
-# the sampler's grid, and appears in no identity (except that positions with times of their own move
-# at different rates). "Progress" tau in [0, 1] is uniform; the schedule turns it into a time.
+# The noise schedule (36): how fast the path is walked. It decides which times are drawn in training
+# and which the sampler visits. The identities do not contain it, except that positions with times
+# of their own move at different rates (distill.Jump). "Progress" tau in [0, 1] is uniform; the
+# schedule turns it into a time.
 
 # Training and sampling stop at this progress, because at t = 1 the Eulerian teacher is 0/0 and the
-# drift's coefficients are infinite. By the argmax schedule the largest entry of x_t is here the
-# clean token in at least 0.9999 of all cases.
+# drift's coefficients are infinite. Under the argmax schedule, argmax x_t at this progress is the
+# clean token with probability 0.9999 or more.
 LAST = 0.9999
 
 
@@ -285,9 +286,9 @@ def rotate(x, cos, sin):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero).
 
-    Another network is another class, named in `DiT`, with three methods: `forward`; `dual`, with
-    the derivative, for LSD and ESD (torch.func.jvp will do if no fused kernel is in the way); and
-    `encode`, for clean contexts. Under --context a block sees fewer than seq_len positions.
+    To use another block, write a class with three methods and name it in `DiT.__init__`: `forward`;
+    `dual`, with the derivative, for LSD and ESD (torch.func.jvp will do if no fused kernel is in
+    the way); and `encode`, for clean contexts. Under --context h has fewer than seq_len positions.
     """
 
     def __init__(self, config):
@@ -524,8 +525,8 @@ class DiT(nn.Module):
         """R of shape (noise_size, D) with R^T R = W^T W, differentiable in W.
 
         The jitter, 1e-6 of the mean eigenvalue, changes the factor by a few float32 roundings.
-        It costs 4 V D^2 FLOPs once a step (119 GFLOP at the paper's size, gradient included).
-        Drawing V normals for each token would cost 4 V D a token.
+        R costs 4 V D^2 FLOPs once a step (119 GFLOP at the paper's size, gradient included).
+        Drawing V normals for each token would cost 4 V D FLOPs a token instead.
         """
         W = self.embedding
         if self.held_factor is not None:
@@ -664,10 +665,10 @@ def probabilities(z):
 
 
 def chunks(rows, width):
-    """Slices of `rows`, each a power of two long, for a (rows, width) tensor of temporary values.
+    """Slices of `rows` for a (rows, width) tensor of temporary values.
 
-    A chunk has about a 32nd of the tensor, within about 2^22 values (large enough to keep a device
-    busy) and 2^25 (128 MB in float32).
+    All but the last are a power of two long. A chunk has about a 32nd of the tensor, but about 2^22
+    values at least, to keep a device busy, and about 2^25 (128 MB in float32) at most.
     """
     elements = min(max(rows * width // 32, 1 << 22), 1 << 25)
     step = 1 << max(0, round(math.log2(elements / width)))
@@ -695,8 +696,8 @@ class Divergence(NamedTuple):
     """A loss on each row of logits: function(z, *rows of the tensors in by_row, *shared).
 
     For z (n, V) it returns a report {"loss": (n,), "distance": (n,), ...} and g (n, V), the
-    gradient on z to descend. The distance is |q - p| between target and prediction. Everything but
-    z and head is a constant: HeadLoss returns gradients for the student's h and head alone.
+    gradient on z to descend. The distance is |q - p| between target and prediction. by_row and
+    shared, with the heads passed there, are constants: gradients reach only what makes z.
     """
 
     function: Callable

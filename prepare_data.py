@@ -10,7 +10,7 @@ Reads a data set from the hub, or local files, with the `datasets` library and w
 
     data/NAME/train.bin, val.bin    uint16, rows of exactly L tokens, nothing between the rows
     data/NAME/meta.json             name, tokenizer, vocab_size, seq_len, bos/eos/pad ids, row
-                                    counts, source, sha256 of both files, the vocabulary if small
+                                    counts, source, sha256 of both files, vocabulary (not GPT-2's)
 
 Word-piece rows are packed as in the paper: documents are joined by EOS, the stream is cut every
 L - 2 tokens, and BOS and EOS frame each cut. Character rows are plain cuts of L characters. An
@@ -320,8 +320,8 @@ def encode_batch(tokenizer, where, column, batch):
 def encoder(meta):
     """Return a function text -> list of token ids: the inverse of `decode`, up to tokenization.
 
-    Special tokens in the text count as such. SystemExit at a word or character of the text that the
-    vocabulary lacks.
+    A special token written in the text, like <|endoftext|>, becomes its id. SystemExit at a word or
+    character that the vocabulary lacks.
     """
     if meta["tokenizer"] == "gpt2":
         return lambda text: gpt2_encoding().encode(text, allowed_special="all")
@@ -452,7 +452,7 @@ def parse_args():
     text = "what to cut a .txt file into; blank lines separate paragraphs"
     add("--documents", choices=["line", "paragraph", "document"], help=text)
     text = "documents to hold out at the end of a source without a validation split"
-    text += " (default: owt 100000; without it, the last 5%% of the rows)"
+    text += " (default: owt 100000; for others, the last 5%% of the rows are held out)"
     add("--val-documents", type=int, metavar="N", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")

@@ -72,16 +72,16 @@ def generate(
             y = renoise(model, y, over, t, normal())
         if select:
             y = select(y, t)
-    # For a draw: a uniform for each position, from one more normal.
+    # A draw needs one uniform for each position: Phi of a fresh normal.
     uniform = torch.special.ndtr(normal()[..., 0]).flatten() if temperature else None
     return choose(model.head, hidden, temperature, uniform)
 
 
 def jump_times(model, nfe, gamma, like):
-    """Times (s, over, t) of each jump, (B, 1 or L) each: from s past t to `over`, then back to t.
+    """Times (s, over, t) of each jump, (B, 1 or L) each: from s to `over`, then `renoise` to t.
 
-    The grid is uniform in progress. A jump to progress tau overshoots to tau + gamma (1 - tau), and
-    renoising brings the state back. The last jump ends at progress model.LAST.
+    The grid is uniform in progress, and a jump to tau overshoots to tau + gamma (1 - tau); for
+    gamma = 0, over = t. The last jump ends at progress LAST = 0.9999 (model.py): for us, data.
     """
     tau = torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]
     grid = model.times(tau).to(like.device, like.dtype)
@@ -200,9 +200,10 @@ def fill_in(model, tokens, given, normal, guidance=1.0, **how):
 
 
 def draw_samples(model, nfe, count, batch_size, seed, dtype="float32", write=write_rows, **how):
-    """`count` samples in batches: token ids, int64 numpy (count, L). Sample i needs (seed, i) only.
+    """`count` samples in batches: token ids, int64 numpy (count, L).
 
-    write(model, B, normal, **how) makes a batch of B. how: arguments of `generate`.
+    Sample i depends only on (seed, i). write(model, B, normal, **how) makes a batch of B.
+    how: arguments of `generate`.
     """
     device = model.head.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -235,7 +236,7 @@ def sampling_flags(parser, count, several=False):
     """The flags that sampling and evaluation share; with `several`, gamma and T take lists."""
     knob = dict(nargs="+", default=[0.0]) if several else dict(default=0.0)
     add = parser.add_argument_group("sampling").add_argument
-    add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations a sample")
+    add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations (jumps) a sample")
     add("--num-samples", type=positive, default=count, help="sequences for each NFE")
     add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
     add("--seed", type=int, default=0, help="seed of the noise")
@@ -330,8 +331,8 @@ def main():
     either = group.add_mutually_exclusive_group()
     text = "write on from here; for a model trained with --context any or block"
     either.add_argument("--prompt", help=text)
-    text = "keep this text, write what each [MASK] (one token) hides and what follows; in GPT-2's "
-    text += "tokens a space belongs to the word after it"
+    text = "keep this text, write one token for each [MASK], and what follows; with GPT-2's tokens "
+    text += "put no space before [MASK]: it belongs to the hidden token"
     either.add_argument("--infill", help=text)
     add = group.add_argument
     add("--length", type=positive, help="tokens in all, prompt included (default: the model's L)")

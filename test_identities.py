@@ -84,6 +84,10 @@ def same(ours, plain, **tolerance):
     return all(torch.allclose(a, b, **tolerance) for a, b in zip(ours, plain, strict=True))
 
 
+# ------------------------------------------------------------------------------------------------
+# Exact flows to check against.
+
+
 class Oracle:
     """Exact psi_st of the weighted sequences, seen through y = x W; psi_st = softmax(h_st), head I.
 
@@ -195,6 +199,10 @@ def states(path, s):
     """x_s drawn from the interpolant, (n, L, V), for times s (n, 1 or L)."""
     tokens = draw_rows(SEQUENCES, WEIGHTS, len(s))
     return Oracle(path).interpolate(normals(len(s), L, V, seed=4), tokens, s)
+
+
+# ------------------------------------------------------------------------------------------------
+# The identities, on the oracle.
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -346,6 +354,10 @@ def test_lagrangian_logit_form_loses_settled_mass():
     assert gradient(divergence, z).abs().max() < 1e-6
 
 
+# ------------------------------------------------------------------------------------------------
+# The sampler and the likelihood bound, on the oracle.
+
+
 def test_sampler_on_the_oracle():
     """With the true flow map any number of jumps lands where the integrated flow lands (18)."""
     oracle = Oracle(steps=250)
@@ -474,6 +486,10 @@ def weighted_loss(z, q, c=0, r=0, kind="kl"):
     square = (q - p).square().sum(-1)
     kl = (torch.xlogy(q, q) - q * p.log()).sum(-1)
     return ((square + c) ** -r).detach() * (square / 2 if kind == "square" else kl)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses and gradients.
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", *distill.DIVERGENCES])
@@ -673,6 +689,10 @@ def test_learning_reaches_the_truth(case):
     kl, one_step = errors(model)
     assert kl < diagonal_kl / 2
     assert one_step < 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedule, network, noise and randomness.
 
 
 @pytest.mark.parametrize("vocab", [2, 27, 50257])
@@ -936,6 +956,10 @@ def test_draw_progress(to_data):
     assert ((jump.s.float() < jump.t.float()) & (jump.t < 1)).all()
 
 
+# ------------------------------------------------------------------------------------------------
+# Data, contexts, blocks and guidance.
+
+
 def test_pack():
     """Documents are joined by EOS, cut every L - 2 tokens and framed; an incomplete rest drops."""
     (rows,) = prepare_data.pack([[1, 2, 3], [4], [5, 6]], 6, bos=8, eos=9)
@@ -1104,6 +1128,10 @@ def test_guidance():
     y = model.path.flow_map(y, guided(y, s, t) @ model.embedding, s, t)
     expected = guided(y, t, end).argmax(-1)
     assert torch.equal(generate(given, xi, 2, guidance=1.8), expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# Extensions, each in one place (a new path is QUADRATIC, above).
 
 
 def test_a_new_loss(monkeypatch):

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -277,6 +278,22 @@ def test_a_run_is_repeated_from_its_flags(work, tmp_path):
     train(work, c, "--steps", 1, stage="psd")
     python("distill.py", f"@{c}/flags.txt", "--out", d, cwd=tmp_path)
     assert_same_runs(c, d)
+
+
+def test_examples(work, tmp_path):
+    """watch.py shows and draws each evaluation; steer.py raises the mean of its reward."""
+    flags = ["--checkpoint", work / "runs/grammar-diagonal", "--nfe", 2]
+    watch = ["--rows", 2, "--output", "watch.gif"]
+    code, out = finish(start("examples/watch.py", *flags, *watch, cwd=tmp_path), tmp_path)
+    assert code == 0, out
+    assert re.findall(r"(?m)^evaluation (\d) of 2", out) == ["1", "2"]
+    with Image.open(tmp_path / "watch.gif") as image:
+        assert (image.format, image.n_frames) == ("GIF", 2)
+    steer = ["--strength", 10]
+    code, out = finish(start("examples/steer.py", *flags, *steer, cwd=tmp_path), tmp_path)
+    assert code == 0, out
+    plain, steered = map(float, re.findall(r"mean reward ([\d.]+)", out))
+    assert steered > plain
 
 
 def test_training_learns(work):

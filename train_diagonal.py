@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 train_diagonal.py               # the paper's OpenWebText run
     python train_diagonal.py --data data/grammar --size tiny --steps 2000 --warmup 100 \\
         --batch-size 128                                        # minutes on a CPU
-    python train_diagonal.py @runs/NAME/flags.txt --out runs/again    # repeat a run
+    python train_diagonal.py @runs/OLD/flags.txt --out runs/NEW    # repeat a run
 
-Reads a data set made by prepare_data.py. Writes runs/NAME-diagonal/: config.json (flags, command
+Reads data/NAME, made by prepare_data.py. Writes runs/NAME-diagonal/: config.json (flags, command
 line, versions), flags.txt, log.jsonl (one object a line) and checkpoint-STEP.pt.
 
 The objective comes first. Below it is the one training loop, which distill.py uses with another
@@ -116,7 +116,8 @@ def draw_contexts(tokens, draw, args):
     B, L = tokens.shape
     size = args.block_size or L
     quarter, drop = draw.uniform(2).unbind(1)
-    # A step has four context lengths, L / 4 apart from a random offset: each length is one batch.
+    # All rows share one random offset, so a step has only four context lengths, L / 4 apart, and
+    # rows with equal lengths run as one batch.
     place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
     if args.context == "block":
         start = (place * (L // size)).long() * size
@@ -194,7 +195,7 @@ def take_rows(rows, vocab_size, seed, positions):
 
 
 def backward(root, leaves, found, gradient=None, retain_graph=False):
-    """Gradients of `root` on the leaves, added to those in the list `found` (None: nothing yet)."""
+    """Gradients of `root` with respect to the leaves, added to the list `found` (None: none)."""
     for leaf, grad in zip(leaves, found, strict=True):
         leaf.grad = grad
     # Autocast off: each product goes back in the precision it had.
@@ -210,8 +211,8 @@ def gradients(params, objective, model, batches, surgery):
     micro-batches and ranks, then added. Under surgery (PSD) the gradient of each loss is averaged
     first, and then loses its component along an earlier one's if the two conflict.
     """
-    # The noise factor is computed once a step. The micro-batches share it as a leaf, and their
-    # summed gradient goes back through it at the end.
+    # The noise factor is computed once a step. Micro-batches see a detached copy; the gradient that
+    # they leave on it is sent back through the factor once, at the end.
     held = model.held_factor
     factor = model.noise_factor()
     model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
@@ -285,7 +286,7 @@ def project(first, second):
 # ------------------------------------------------------------------------------------------------
 # The loop.
 
-SKIP_LIMIT = 10  # steps in a row that may have a gradient that is not finite, before the run ends
+SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
 
 
 def train(args, ranks, model, ema, objective, meta, passes):
@@ -665,7 +666,7 @@ def training_flags(parser, steps):
     add("--micro-batch", type=positive, help="rows a rank takes at once (default: at most 64)")
     add("--lr", type=float, default=3e-4, help="learning rate of Adam")
     add("--warmup", type=int, default=2500, help="steps of linear warm-up of the learning rate")
-    add("--cooldown", type=int, default=0, help="last steps, with a linear fall to 0")
+    add("--cooldown", type=int, default=0, help="final steps, in which it falls linearly to 0")
     add("--beta2", type=fraction, default=0.999, help="Adam's second decay")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--ema", type=fraction, default=0.9999, help="decay per step of the averaged weights")
@@ -707,9 +708,15 @@ def model_flags(parser):
     """The flags that shape a network trained from scratch."""
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=list(SIZES), default="base", help="base is the paper's 170M")
-    add("--schedule", choices=["argmax", "linear"], default="argmax", help="law of the times (36)")
+    add(
+        "--schedule",
+        choices=["argmax", "linear"],
+        default="argmax",
+        help="distribution of times (36)",
+    )
     add("--schedule-blend", type=fraction, default=0.9, help="lambda of the argmax schedule")
-    text = "earlier positions first (38): the last one has exp(-LAG) times the first one's odds"
+    text = "earlier positions first (38): the odds tau / (1 - tau) of the last position's progress "
+    text += "are exp(-LAG) times the first's"
     add("--position-lag", type=float, default=0.0, metavar="LAG", help=text)
     add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
 
