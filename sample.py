@@ -151,21 +151,23 @@ def write_rows(model, B, normal, **how):
 
 
 @torch.no_grad()
-def continue_text(model, tokens, length, block_size, normal, guidance=1.0, **how):
+def continue_text(model, tokens, length, block_size, normal, guidance=1.0, window=None, **how):
     """Extend a prompt (B, p), p >= 0, block by block to `length` tokens: int64 (B, length).
 
     Each block is generated given everything before it. Keys and values are computed once for the
-    prompt and once for each finished block. When the text outgrows the model's L positions the
-    window slides, and each block encodes its context again: the latest tokens that leave it room.
+    prompt and once for each finished block. When the text outgrows the window (default: the model's
+    L positions) it slides, and each block encodes its context again: the latest tokens that leave
+    the block room.
     """
+    window = window or model.config.seq_len
     start = 0  # where the window begins
     encoded = 0  # up to where it is in `keys`
     keys = None
     while tokens.shape[1] < length:
         written = tokens.shape[1]
         n = min(block_size, length - written)
-        if written + n - start > model.config.seq_len:
-            start = encoded = written + n - model.config.seq_len
+        if written + n - start > window:
+            start = encoded = written + n - window
             keys = None
         if written > encoded:
             keys = model.encode(tokens[:, encoded:], before=keys)
@@ -274,12 +276,15 @@ def prompt_writer(args, meta, block_size):
     size = args.block_size or block_size or L
     if len(tokens) >= length:
         raise SystemExit(f"the prompt has {len(tokens)} tokens, --length is {length}")
-    if length > L and size >= L:
-        raise SystemExit(f"--length {length} is beyond L = {L}: give a --block-size below L")
+    # Framed rows end with EOS at position L - 1: a text that goes on must not use that position.
+    window = L - 1 if bos and length > L else L
+    if length > L and size >= window:
+        raise SystemExit(f"--length {length} is beyond L = {L}: give a --block-size below {window}")
 
     def write(model, B, normal, **how):
         prompt = tokens.to(model.head.device).expand(B, -1)
-        return continue_text(model, prompt, length, size, normal, args.guidance, **how)
+        how |= {"guidance": args.guidance, "window": window}
+        return continue_text(model, prompt, length, size, normal, **how)
 
     return write
 

@@ -938,6 +938,18 @@ def test_prompts_and_gaps(conditional, tmp_path):
     assert (saved["context"], saved["guidance"], saved["diagonal_from"]) == ("any", 1.5, "stage1")
 
 
+def test_a_long_text_leaves_out_the_place_of_eos(monkeypatch):
+    """Framed rows end with EOS at position L - 1, so the window of a text beyond L has L - 1."""
+    seen = {}
+    monkeypatch.setattr(sample, "continue_text", lambda *inputs, **how: seen.update(how))
+    monkeypatch.setattr(sample, "encoder", lambda meta: lambda text: [5, 6])
+    args = SimpleNamespace(prompt="a b", length=40, block_size=4, guidance=1.0)
+    for bos, window in ((None, 16), (0, 15)):
+        write = sample.prompt_writer(args, {"seq_len": 16, "bos_id": bos}, None)
+        write(SimpleNamespace(head=torch.zeros(1)), 2, None)
+        assert seen["window"] == window
+
+
 # ------------------------------------------------------------------------------------------------
 # Scores.
 
