@@ -5,7 +5,7 @@
     python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint            # both losses at once, from scratch
 
-Reads a data set and a stage-1 checkpoint. Writes runs/NAME-LOSS/ as stage 1 does. Half of the rows
+Reads a data set and a stage-1 checkpoint. Writes runs/DATA-LOSS/ as stage 1 does. Half of the rows
 go on learning the diagonal (21). The others learn one identity of the mean denoiser, by minimising
 KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant. (LSD's teacher is
 ill-conditioned, so LSD descends its identity's residual by default: --target signed.)

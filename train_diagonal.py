@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 train_diagonal.py               # the paper's OpenWebText run
     python train_diagonal.py --data data/grammar --size tiny --steps 2000 --warmup 100 \\
         --batch-size 128                                        # minutes on a CPU
-    python train_diagonal.py @runs/OLD/flags.txt --out runs/NEW    # repeat a run
+    python train_diagonal.py @runs/NAME/flags.txt --out runs/again    # repeat a run
 
-Reads data/NAME, made by prepare_data.py. Writes runs/NAME-diagonal/: config.json (flags, command
+Reads data/DATA, made by prepare_data.py. Writes runs/DATA-diagonal/: config.json (flags, command
 line, versions), flags.txt, log.jsonl (one object a line) and checkpoint-STEP.pt.
 
 The objective comes first. Below it is the one training loop, which distill.py uses with another
