@@ -5,18 +5,15 @@
     python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint            # both losses at once, from scratch
 
-Reads a data set and a stage-1 checkpoint. Writes runs/DATA-LOSS/ as stage 1 does. Half of the rows
-go on learning the diagonal (21). The others learn one identity of the mean denoiser, by minimising
-KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) with x_s drawn from the interpolant. (LSD's teacher is
-ill-conditioned, so LSD descends its identity's residual by default: --target signed.)
+Writes runs/DATA-LOSS/. Half of the rows go on learning the diagonal (21). The others learn one
+identity of the mean denoiser, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by its residual:
 
     psd   semigroup     psi_st = omega psi_su + (1 - omega) psi_ut(X_su)            (23, 64)
     lsd   Lagrangian    psi_st = softmax(z_tt(X_st) - log(1 + C delta))             (24, 29)
     esd   Eulerian      psi_st = softmax(z_ss - log(1 - delta / kappa))             (25, 33)
 
 delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C and kappa are in
-model.Interpolant. The instantaneous denoiser psi_ss or psi_tt comes from the frozen stage 1, whose
-embedding W the student keeps, so both see the same y = x W. With --joint it is the student's own.
+model.Interpolant. psi_ss or psi_tt comes from the frozen stage 1, or from the student if --joint.
 """
 
 import argparse
@@ -28,21 +25,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import train_diagonal
 from model import Divergence, entropy, head_loss, load_model, lowered, softmax, weights_digest, wide
 from prepare_data import fraction, read_meta, same_tokens
-from train_diagonal import (
-    by_context,
-    check_run,
-    context_flags,
-    diagonal,
-    model_flags,
-    new_model,
-    new_parser,
-    parse_training_args,
-    start_ranks,
-    train,
-    training_flags,
-)
+from train_diagonal import by_context, diagonal
 
 # ------------------------------------------------------------------------------------------------
 # The jumps.
@@ -51,9 +37,8 @@ from train_diagonal import (
 class Jump(NamedTuple):
     """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
-    If all positions share one time the rates ds and dt are 1. If each has its own (38), derivatives
-    are taken along the row's common progress: ds and dt are then d time / d progress, scaled to a
-    mean of 1. They are the tangents of the times, and the identities are divided by them.
+    The rates are 1, unless each position has times of its own (38): then they are d time / d
+    progress, scaled to a mean of 1. They are the tangents of s and t, and divide the identities.
     """
 
     s: torch.Tensor
@@ -74,8 +59,8 @@ class Jump(NamedTuple):
 def draw_progress(draw, boundary, to_data=False):
     """Progress s <= u <= t, float64 (B, 1) each: a uniform step, its start uniform, u half-way.
 
-    A share `boundary` of the rows jumps all the way from noise to data. to_data: every jump ends at
-    data. No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0.
+    A share `boundary` of the rows jumps from noise to data, and to_data ends every jump at data.
+    No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0.
     """
     step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
     step = torch.where(edge < boundary, 1.0, 0.001 + 0.999 * step)
@@ -84,16 +69,12 @@ def draw_progress(draw, boundary, to_data=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# The teachers: (model, teacher, y, jump, args) -> (h_st of the student (B, L, D) with its graph,
-# a Divergence whose target is a constant of the gradient). `teacher` gives the instantaneous
-# denoiser. A new loss is a new entry of TEACHERS; flags that depend on --loss default as for esd.
+# The teachers return the student's h_st (B, L, D) with its graph, and a Divergence whose target is
+# a constant of the gradient. `teacher` gives psi_ss or psi_tt. A new loss is an entry of TEACHERS.
 
 
 def psd(model, teacher, y, jump, args):
-    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64).
-
-    The student is its own teacher, because the identity has no instantaneous term.
-    """
+    """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64), from the student."""
     s, u, t = jump.s, jump.u, jump.t
     with torch.no_grad():
         h_su = model(y, s, u)
@@ -106,7 +87,7 @@ def psd(model, teacher, y, jump, args):
 
 
 def semigroup(z, h_su, h_ut, omega, head):
-    """The target omega psi_su + (1 - omega) psi_ut; the student's own logits z play no part."""
+    """The target omega psi_su + (1 - omega) psi_ut, which does not depend on z."""
     psi_su = softmax(h_su @ head.T)
     psi_ut = softmax(h_ut @ head.T)
     return psi_su.mul_(omega).addcmul_(psi_ut, 1 - omega), {}
@@ -140,11 +121,9 @@ TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 def corrected(model, teacher, h_teacher, dh, a, b, args):
     """A `Divergence` whose fixed point satisfies the identity a (psi_st - psi) + b d psi_st = 0.
 
-    psi and its logits z are the teacher's, from h_teacher (B, L, D). dh (B, L, D) is the derivative
-    of the student's h, so d psi_st = psi_st delta, delta = dz - <psi_st, dz>. a, b: (B, 1 or L).
-    For LSD psi = psi_tt(X_st), a = 1, b = C; for ESD psi = psi_ss, a = Gamma_st and
-    b = -Gamma_st / kappa; b is divided by the positions' rates. Solved for psi_st, the identity
-    says that it is psi / (a + b delta), up to a factor. Two forms with the same fixed point:
+    psi = softmax(z) is the teacher's, from h_teacher (B, L, D); d psi_st = psi_st delta, from the
+    student's derivative dh (B, L, D). a and b are (B, 1 or L): 1 and C for LSD, Gamma_st and
+    -Gamma_st / kappa for ESD, b divided by the positions' rates. Two forms with this fixed point:
 
         logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution.
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, finite at t = 1.
@@ -173,8 +152,8 @@ CLAMP = 1e-5  # floor of the logarithm's argument, relative to a + |b|
 def corrected_logits(z, h_teacher, dh, a, b, teacher_head, head):
     """The "logit" form of `corrected`: (q, {"clamped": share of the vocabulary}).
 
-    For the true flow map the argument of the logarithm is positive. For a network it need not be;
-    the share that is clamped is the best health signal of a run.
+    A network's argument of the logarithm may be negative, unlike the true flow map's: the share
+    that is clamped is the best health signal of a run.
     """
     z_teacher, _, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     argument = delta.mul_(b).add_(a)
@@ -189,9 +168,8 @@ def per_row(value, y):
 
 
 # ------------------------------------------------------------------------------------------------
-# Divergences between a target and psi_st = softmax(z), as model.head_loss takes them: each returns
-# (report, gradient on the logits). `target` is a function (z, *inputs) -> (q (n, V), report). The
-# cache gives torch.compile the same function at every step.
+# Divergences between psi_st = softmax(z) and a target (z, *inputs) -> (q (n, V), report), for
+# model.head_loss. The cache gives torch.compile the same function at every step.
 
 
 @functools.cache
@@ -201,11 +179,11 @@ def kl(target):
     def divergence(z, *inputs):
         q, report = target(z, *inputs)
         log_p = z.log_softmax(-1)
-        teacher_entropy = entropy(q)
-        loss = -teacher_entropy - torch.linalg.vecdot(q, log_p)
+        H = entropy(q)
+        loss = -H - torch.linalg.vecdot(q, log_p)
         g = log_p.exp_().sub_(q)
-        report |= {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1)}
-        return report | {"teacher_entropy": teacher_entropy}, g
+        distance = torch.linalg.vector_norm(g, dim=-1)
+        return report | {"loss": loss, "distance": distance, "teacher_entropy": H}, g
 
     return divergence
 
@@ -219,9 +197,9 @@ def square(target):
         p = softmax(z)
         d = p - q
         distance = torch.linalg.vector_norm(d, dim=-1)
-        report |= {"loss": distance.square() / 2, "distance": distance}
+        loss = distance.square() / 2
         g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
-        return report | {"teacher_entropy": entropy(q)}, g
+        return report | {"loss": loss, "distance": distance, "teacher_entropy": entropy(q)}, g
 
     return divergence
 
@@ -232,15 +210,14 @@ DIVERGENCES = {"kl": kl, "square": square}
 def signed(z, h_teacher, dh, a, b, teacher_head, head):
     """The "signed" form of `corrected`: the gradient on the logits is the identity's residual.
 
-    Its target may have negative entries, so it has no KL. The loss that is reported, and that the
-    learned weight sees, is |p - q|^2 / 2.
+    Its target may have negative entries and so no KL: the loss is |p - q|^2 / 2.
     """
     z_teacher, psi_st, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     psi = softmax(z_teacher)
     g = a * (psi_st - psi) + b * psi_st * delta
     distance = torch.linalg.vector_norm(g, dim=-1)
-    report = {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(psi)}
-    return report, g
+    loss = distance.square() / 2
+    return {"loss": loss, "distance": distance, "teacher_entropy": entropy(psi)}, g
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,12 +225,10 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
 
 
 def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
-    """The identity's loss: KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask.
+    """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
-    It has two weights: the adaptive one (45) with c = 1e-6, and a learned w, which turns the loss
-    into exp(-w) loss + w and is a function of s for PSD, of (s, t) for LSD and ESD.
-    loss: a key of TEACHERS. to_data: all jumps end at data, and the learned weight is off, since it
-    is fitted to the other rows, whose loss has another scale.
+    It is weighted by (45) with c = 1e-6, and a learned w of the times makes it exp(-w) loss + w.
+    to_data: all jumps end at data; no w, which is fitted to rows whose loss has another scale.
     """
     B, L = tokens.shape
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
@@ -262,16 +237,12 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     h, divergence = TEACHERS[loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
     if args.learned_weight and not to_data:
-        second_time = jump.s if loss == "psd" else jump.t
-        w = model.log_weight(jump.s, second_time).float()
+        w = model.log_weight(jump.s, jump.s if loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
     scale = torch.exp(-w.detach()) / (B * L)
-    power = args.consistency_power
-    total, report = head_loss(
-        h.flatten(0, 1), model.head, scale, divergence, c=1e-6, r=power, compiled=model.compiled
-    )
-    # `total` has the value of exp(-w) loss but no gradient on w. The first two terms here cancel
-    # in value and carry that gradient; the last is the + w.
+    how = dict(c=1e-6, r=args.consistency_power, compiled=model.compiled)
+    total, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, **how)
+    # `total` has no gradient on w. The first two terms here cancel in value and carry it.
     learned = torch.exp(-w) * report.pop("weighted")
     total = total + (learned - learned.detach() + w).mean()
     is_square = args.divergence == "square" or divergence.function is signed
@@ -282,9 +253,8 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
 def diagonal_from_stage1(model, stage1, tokens, draw, args):
     """The diagonal learned from stage 1: KL(sg[q] || psi_tt(x_t)) instead of (22).
 
-    q is stage 1's own psi_tt, a far less noisy target than a token. With args.guidance it is the
-    guided one, and the flow map that is consistent with it needs one network call a step where
-    guidance needs two.
+    q is stage 1's psi_tt, far less noisy than a token. With args.guidance it is the guided one:
+    then the student needs one network call a step where guidance needs two.
     """
 
     @torch.no_grad()
@@ -305,11 +275,7 @@ def instantaneous(z, h, head):
 
 
 def guided(z, h_c, h_0, guidance, head):
-    """q = psi_0 + guidance (psi_c - psi_0) (section 4.2), brought back to the simplex.
-
-    For guidance > 1 the sum can have negative entries, which no logits can give. They are set to 0,
-    and the rest is scaled to sum to 1.
-    """
+    """q = psi_0 + guidance (psi_c - psi_0) (section 4.2), cut at 0 and scaled to sum to 1."""
     psi_c = softmax(h_c @ head.T)
     psi_0 = softmax(h_0 @ head.T)
     q = (psi_0 + guidance * (psi_c - psi_0)).clamp(min=0)
@@ -323,24 +289,23 @@ def distillation(args, stage1=None):
         on_diagonal, index = spread(draw.rows, args.diagonal_share)
         to_data = ~on_diagonal & spread(index, args.psd_share)[0]
 
-        def on_rows(mask, loss, *networks):
+        def on_rows(mask, function, *networks, **how):
             rows = torch.from_numpy(np.flatnonzero(mask)).to(tokens.device, non_blocking=True)
+            loss = functools.partial(function, **how)
             return by_context(loss, networks, tokens[rows], draw.part(mask), args)
 
         if args.diagonal_from == "stage1":
-            first = functools.partial(diagonal_from_stage1, args=args)
-            losses, scalars = on_rows(on_diagonal, first, model, stage1)
+            losses, scalars = on_rows(on_diagonal, diagonal_from_stage1, model, stage1, args=args)
         else:
-            first = functools.partial(diagonal, power=args.diagonal_power)
-            losses, scalars = on_rows(on_diagonal, first, model)
-        second = functools.partial(consistency, args=args, loss=args.loss)
+            losses, scalars = on_rows(on_diagonal, diagonal, model, power=args.diagonal_power)
+        others = ~on_diagonal & ~to_data
         teacher = model if stage1 is None or args.loss == "psd" else stage1
-        more, report = on_rows(~on_diagonal & ~to_data, second, model, teacher)
+        more, report = on_rows(others, consistency, model, teacher, args=args, loss=args.loss)
         losses |= more
         scalars |= report
         if args.psd_share:
-            third = functools.partial(consistency, args=args, loss="psd", to_data=True)
-            end, report = on_rows(to_data, third, model, model)
+            how = dict(args=args, loss="psd", to_data=True)
+            end, report = on_rows(to_data, consistency, model, model, **how)
             rest = (1 - args.psd_share) * losses["consistency"]
             losses["consistency"] = rest + args.psd_share * end["consistency"]
             scalars |= {f"to_data_{name}": value for name, value in report.items()}
@@ -352,8 +317,8 @@ def distillation(args, stage1=None):
 def spread(rows, share):
     """(chosen, index) for `rows`, an int array (n,) of indices into the global batch.
 
-    chosen: true for an evenly spread share of all rows. index: numbers the rows that are not
-    chosen. Any run of rows has its share of both, so micro-batches and ranks change nothing.
+    chosen: true for an evenly spread share of all rows, so micro-batches and ranks change nothing.
+    index: numbers the rows that are not chosen.
     """
     before = np.floor(rows * share + 1e-9).astype(int)
     after = np.floor((rows + 1) * share + 1e-9).astype(int)
@@ -361,7 +326,6 @@ def spread(rows, share):
 
 
 # ------------------------------------------------------------------------------------------------
-
 # What stage 1 has fixed; distill.py takes these flags with --joint alone.
 FIXED = (
     "size schedule schedule_blend position_lag interpolant context block_size context_dropout"
@@ -375,32 +339,27 @@ def check_flags(parser, args):
     if args.target == "signed" and (args.loss == "psd" or args.divergence == "square"):
         raise SystemExit("--target signed needs --loss lsd or esd, without --divergence square")
     if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
-        stage1_flags = "--checkpoint, --guidance and --diagonal-from stage1"
-        raise SystemExit(f"--joint has no stage 1 to start from: drop {stage1_flags}")
+        raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
     given = [name for name in FIXED if getattr(args, name) != parser.get_default(name)]
     if given and not args.joint:
-        flag = "--" + given[0].replace("_", "-")
-        raise SystemExit(f"stage 1 has fixed {flag}: give it to train_diagonal.py, or add --joint")
+        flag = given[0].replace("_", "-")
+        raise SystemExit(f"stage 1 has fixed --{flag}: set it in train_diagonal.py, or add --joint")
     if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):
         raise SystemExit("--guidance needs --loss psd and --diagonal-from stage1")
     rows = args.micro_batch * args.diagonal_share
     if not 0 < args.diagonal_share < 1 or round(rows, 6) % 1:
-        found = f"--diagonal-share {args.diagonal_share} of --micro-batch {args.micro_batch}"
-        raise SystemExit(f"{found} must be a whole number of rows, not none and not all")
+        raise SystemExit(f"--diagonal-share is {rows:g} rows of --micro-batch: not whole, 0 or all")
     others = args.micro_batch - rows
     if not 0 <= args.psd_share < 1 or round(others * args.psd_share, 6) % 1:
-        found = f"--psd-share {args.psd_share} of the {others:g} rows that are not diagonal"
-        raise SystemExit(f"{found} must be a whole number of rows, and not all")
+        raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")
     if args.psd_share and args.loss == "psd":
         raise SystemExit("--psd-share goes with --loss lsd or esd: with psd all rows are PSD rows")
-    if args.diagonal_from is None:
-        args.diagonal_from = "data" if args.guidance == 1 else "stage1"
     if args.surgery is None:
         args.surgery = args.loss == "psd"
-    if args.steps is None:
-        args.steps = 1_000_000 if args.joint else 100_000
-    if args.out is None:
-        args.out = Path("runs") / f"{args.data.name}-{args.loss}{'-joint' if args.joint else ''}"
+    args.diagonal_from = args.diagonal_from or ("data" if args.guidance == 1 else "stage1")
+    args.steps = args.steps or (1_000_000 if args.joint else 100_000)
+    name = f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")
+    args.out = args.out or Path("runs") / name
 
 
 def distillation_flags(parser):
@@ -408,27 +367,20 @@ def distillation_flags(parser):
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("distillation").add_argument
     add("--loss", choices=list(TEACHERS), required=True, help="the identity to learn")
-    text = "stage 1: a checkpoint or a run's folder (default: runs/DATA-diagonal)"
-    add("--checkpoint", type=Path, help=text)
+    add("--checkpoint", type=Path, help="stage 1's checkpoint or run (default: runs/DATA-diagonal)")
     add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--target", choices=["logit", "signed"], help=text)
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
-    text = "share of rows that learn the diagonal"
-    add("--diagonal-share", type=fraction, default=0.5, help=text)
-    text = "what they learn: the clean tokens, or stage 1's denoiser (default: data)"
-    add("--diagonal-from", choices=["data", "stage1"], help=text)
+    add("--diagonal-share", type=fraction, default=0.5, help="share of rows on the diagonal")
+    add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
     text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
-    text = "share of the non-diagonal rows that jump all the way from noise to data"
-    add("--boundary", type=fraction, default=1 / 32, help=text)
-    text = "exponent r of the consistency loss's adaptive weight (45); 0 is the plain loss"
-    add("--consistency-power", type=fraction, default=0.5, help=text)
-    text = "learn a weight of s (psd) or of s and t (lsd, esd)"
-    add("--learned-weight", action=yes_no, default=True, help=text)
+    add("--boundary", type=fraction, default=1 / 32, help="share of jumps from noise to data")
+    add("--consistency-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
+    add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
     add("--surgery", action=yes_no, help="project conflicting gradients (default: with psd)")
-    text = "distil the map guided by this weight: 1 is plain; needs stage 1 trained with --context"
-    add("--guidance", type=float, default=1.0, help=text)
+    add("--guidance", type=float, default=1.0, help="distil the map guided by this; 1 is plain")
 
 
 def load_stage1(args, meta):
@@ -436,8 +388,7 @@ def load_stage1(args, meta):
     path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
     model, checkpoint = load_model(path)
     same_tokens(path, checkpoint["meta"], args.data, meta)
-    for key in FIXED:
-        setattr(args, key, checkpoint["args"].get(key))
+    vars(args).update({key: checkpoint["args"].get(key) for key in FIXED})
     if args.guidance != 1 and not (args.context and args.context_dropout):
         raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")
     args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares it
@@ -447,27 +398,28 @@ def load_stage1(args, meta):
 
 
 def main():
-    parser = new_parser("distill.py", __doc__)
+    parser = train_diagonal.new_parser("distill.py", __doc__)
     distillation_flags(parser)
-    training_flags(parser, steps=None)
-    context_flags(parser)
-    model_flags(parser)
-    args = parse_training_args(parser)
+    train_diagonal.training_flags(parser, steps=None)
+    train_diagonal.context_flags(parser)
+    train_diagonal.model_flags(parser)
+    args = train_diagonal.parse_training_args(parser)
     check_flags(parser, args)
     meta = read_meta(args.data)
-    model = new_model(args, meta) if args.joint else load_stage1(args, meta)
-    check_run(args, meta["seq_len"])
+    model = train_diagonal.new_model(args, meta) if args.joint else load_stage1(args, meta)
+    train_diagonal.check_run(args, meta["seq_len"])
     passes = 3  # forward passes a row, the backward pass counted as two
     passes += 2 * (1 - args.diagonal_share)  # psi_su and psi_ut, or psi_ss (psi_tt) and the tangent
     if args.diagonal_from == "stage1":
         passes += (1 if args.guidance == 1 else 2) * args.diagonal_share  # stage 1's denoiser
-    ranks = start_ranks(args)
+    ranks = train_diagonal.start_ranks(args)
     stage1 = None
     if not args.joint and (args.loss != "psd" or args.diagonal_from == "stage1"):
         stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False)
         if args.compile:
             stage1.compile_parts(dynamic=bool(args.context))
-    train(args, ranks, model, copy.deepcopy(model), distillation(args, stage1), meta, passes)
+    objective = distillation(args, stage1)
+    train_diagonal.train(args, ranks, model, copy.deepcopy(model), objective, meta, passes)
 
 
 if __name__ == "__main__":

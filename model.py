@@ -1,14 +1,9 @@
 """The model, the flow and the noise: everything that both training stages and the sampler share.
 
-Top to bottom: the path from noise to data (Interpolant), how fast it is walked (the schedule), the
-network (DiT, with noise drawn in its embedding), losses over the vocabulary in chunks (head_loss),
-randomness (Draw), checkpoints.
-
 Notation (equation numbers are those of Discrete Flow Maps, arXiv 2604.09784):
     B rows, L positions, V tokens, D model width
     time 0 is noise, time 1 is data, and 0 <= s <= u <= t <= 1
-    x0 noise, x1 data (one-hot), x_t = alpha_t x0 + beta_t x1: shape (B, L, V), not built (only
-        for a small vocabulary, V <= 2 D, is the noise drawn at that size)
+    x0 noise, x1 data (one-hot), x_t = alpha_t x0 + beta_t x1: shape (B, L, V), never built
     y = x W, shape (B, L, D): the only form in which the network sees x; W is `model.embedding`
     psi_st = softmax(z_st): the mean denoiser, a distribution over V tokens at each position
     times are tensors (B, 1), one for each row, or (B, L), one for each position
@@ -37,18 +32,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 
 class Interpolant(NamedTuple):
-    """A path between noise and data, and the coefficients of its flow.
+    """A path between noise and data, and the coefficients of its flow, elementwise in the times.
 
-    Xi, lambda, omega, C and kappa are ratios of alpha and of two combinations that stay finite at
-    both ends:
-
+    All are ratios of alpha and of two combinations that stay finite at both ends:
         Delta_st = alpha_s beta_t - alpha_t beta_s        linear path: t - s
         Wr_t     = alpha_t beta'_t - alpha'_t beta_t      linear path: 1      (the Wronskian)
-
-    With r = beta / alpha, the ratio of signal to noise:
-    Delta_st = alpha_s alpha_t (r_t - r_s) and Wr_t = alpha_t^2 r'_t. A path must have Wr_t > 0 for
-    t < 1: ESD divides by Wr_s, LSD by Wr_t.
-    All methods act elementwise on tensors of times in [0, 1].
+    Wr_t must be positive for t < 1: ESD divides by Wr_s, LSD by Wr_t.
     """
 
     alpha: Callable
@@ -89,8 +78,7 @@ class Interpolant(NamedTuple):
     def eulerian(self, s, t):
         """The pair (Gamma_st, Gamma_st / kappa), 1/kappa = Xi_st / (Gamma_st lambda_s) (25, 70).
 
-        The logit form (33) needs 1 - delta / kappa, up to a factor. Multiplied by Gamma_st it is
-        finite at t = 1, where kappa is 0. For s < 1; linear path: (1 - t)/(1 - s) and t - s.
+        They give 1 - delta / kappa (33), times Gamma_st: finite at t = 1, where kappa is 0. s < 1.
         """
         return self.Gamma(s, t), self.delta(s, t) / self.wronskian(s)
 
@@ -125,24 +113,17 @@ INTERPOLANTS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# The noise schedule (36): how fast the path is walked. It decides which times are drawn in training
-# and which the sampler visits. The identities do not contain it, except that positions with times
-# of their own move at different rates (distill.Jump). "Progress" tau in [0, 1] is uniform; the
-# schedule turns it into a time.
+# The noise schedule (36) turns "progress" tau, uniform in [0, 1], into a time, in training and in
+# sampling. The identities contain it only if positions have times of their own (distill.Jump).
 
-# Training and sampling stop at this progress, because at t = 1 the Eulerian teacher is 0/0 and the
-# drift's coefficients are infinite. Under the argmax schedule, argmax x_t at this progress is the
-# clean token with probability 0.9999 or more.
+# The last progress visited: at t = 1 the Eulerian teacher is 0/0 and the drift infinite. Under the
+# argmax schedule, argmax x_t is then the clean token with probability 0.9999 or more.
 LAST = 0.9999
 
 
 def argmax_accuracy(ratio, vocab_size):
-    """P(argmax of x_t is the clean token) = integral of phi(z) Phi(z + ratio)^(V-1) dz.
-
-    ratio: beta/alpha, a non-negative float64 tensor (n,). The trapezoid rule on 401 points is exact
-    to rounding up to V = 1,000,000, because the integrand is smooth and vanishes at both ends.
-    """
-    z = torch.linspace(-10, 10, 401, dtype=torch.float64)
+    """P(argmax x_t is clean) = integral of phi(z) Phi(z + ratio)^(V-1) dz, ratio = beta/alpha."""
+    z = torch.linspace(-10, 10, 401, dtype=torch.float64)  # exact to rounding up to V = 1,000,000
     log_density = -0.5 * z**2 - 0.5 * math.log(2 * math.pi)
     log_power = (vocab_size - 1) * torch.special.log_ndtr(z + ratio[:, None])
     return torch.trapezoid((log_density + log_power).exp(), z, dim=-1).clamp(max=1)
@@ -151,30 +132,26 @@ def argmax_accuracy(ratio, vocab_size):
 def schedule_table(kind, vocab_size, blend):
     """Knots (tau, b) of the schedule, two float64 tensors (n,), both rising from 0 to 1.
 
-    tau is progress and b = beta / (alpha + beta). "linear" is b = tau. "argmax" makes the accuracy
-    of the argmax grow linearly, P(b) = 1/V + tau (1 - 1/V), and is then blended with the linear
-    schedule: blend * b(tau) + (1 - blend) * tau.
+    b = beta / (alpha + beta). "linear" is b = tau. "argmax" makes the accuracy of the argmax grow
+    linearly, P(b) = 1/V + tau (1 - 1/V), blended as blend * b(tau) + (1 - blend) * tau.
     """
     b = torch.linspace(0, 1, 2001, dtype=torch.float64)
     if kind == "linear":
         return b, b
-    accuracy = argmax_accuracy(b[:-1] / (1 - b[:-1]), vocab_size)
-    tau = (accuracy - 1 / vocab_size) / (1 - 1 / vocab_size)
-    tau = torch.cat([tau, torch.ones(1, dtype=torch.float64)])
-    tau[0] = 0
+    tau = (argmax_accuracy(b / (1 - b), vocab_size) - 1 / vocab_size) / (1 - 1 / vocab_size)
+    tau[0], tau[-1] = 0, 1
     # The accuracy rounds to 1 a little before b = 1: keep only knots where tau still rises.
-    rising = torch.ones(len(tau), dtype=torch.bool)
-    rising[1:-1] = (tau[1:-1] > tau[:-2].cummax(0).values) & (tau[1:-1] < 1 - 1e-12)
+    rising = (tau[1:-1] > tau[:-2].cummax(0).values) & (tau[1:-1] < 1 - 1e-12)
+    rising = F.pad(rising, (1, 1), value=True)
     tau, b = tau[rising], b[rising]
     return tau, blend * b + (1 - blend) * tau
 
 
 def lagged(tau, lag, L):
-    """Progress of each of L positions, and its rate, when the row's progress is tau (38).
+    """tau_l and d tau_l / d tau (n, L) of each position when the row's progress is tau (n, 1) (38).
 
-    Earlier positions go first: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2), our choice. All
-    positions start at 0 and end at 1 together, and d tau_l / d tau stays within exp(+-lag/2).
-    tau: (n, 1). Returns two tensors (n, L).
+    Our choice: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2). Earlier positions go first, all
+    start at 0 and end at 1 together, and the rate stays within exp(+-lag/2).
     """
     delay = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))
     denominator = tau + (1 - tau) * delay
@@ -182,8 +159,7 @@ def lagged(tau, lag, L):
 
 
 # ------------------------------------------------------------------------------------------------
-# The network: the paper's DiT. It maps an embedded state y and two times to hidden vectors h.
-# Logits are z_st = h @ head.T, computed in chunks further down.
+# The network: embedded state y and two times -> hidden vectors h. Logits are z_st = h @ head.T.
 
 SIZES = {
     "tiny": dict(layers=3, width=128, heads=4),
@@ -211,8 +187,7 @@ class ModelConfig:
 class TimeEmbedding(nn.Module):
     """Times (B, 1 or L) -> features (B, 1 or L, width).
 
-    Frequencies of 1 to 8 rad per unit time. Smooth on purpose: the Eulerian loss takes the
-    derivative in time, and with the usual sinusoids of up to 1,000 rad that derivative is noise.
+    1 to 8 rad per unit time: with the usual 1,000 rad the derivative in time (ESD) is noise.
     """
 
     def __init__(self, width):
@@ -230,12 +205,8 @@ class TimeEmbedding(nn.Module):
 
 
 def attention(q, k, v, causal=False):
-    """Attention of queries (B, heads, L, d) to keys and values (B, heads, S, d), S >= L.
-
-    causal: a query sees its own position and earlier ones; the queries are the last L of S.
-    """
-    L = q.shape[-2]
-    S = k.shape[-2]
+    """Attention of q (B, heads, L, d), the last L of S positions, to k and v (B, heads, S, d)."""
+    L, S = q.shape[-2], k.shape[-2]
     if causal and L < S:  # the fused causal mask aligns with the first key, ours with the last
         seen = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -246,10 +217,7 @@ def attention(q, k, v, causal=False):
 
 
 def attention_tangent(q, k, v, dq, dk, dv):
-    """Derivative of `attention` (not causal) along (dq, dk, dv): no fused kernel provides it.
-
-    Computed in chunks of queries, so the (L, S) weights are never held whole.
-    """
+    """Derivative of `attention` (not causal): no fused kernel has one. In chunks of queries."""
     B, heads, L, d = q.shape
     out = torch.empty_like(q)
     for rows in chunks(L, B * heads * k.shape[-2]):
@@ -286,8 +254,7 @@ def rotate(x, cos, sin):
 class GeluLinear(torch.autograd.Function):
     """F.linear(gelu(x), weight, bias), whose backward pass computes the gelu again.
 
-    So of an MLP's two widest activations only one is kept: a quarter of a step's peak memory.
-    (torch.utils.checkpoint does the same, but made a small network's step 4% slower.)
+    It saves 1/4 of a step's peak memory; torch.utils.checkpoint made small networks 4% slower.
     """
 
     @staticmethod
@@ -312,9 +279,8 @@ class GeluLinear(torch.autograd.Function):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero).
 
-    To use another block, write a class with three methods and name it in `DiT.__init__`: `forward`;
-    `dual`, with the derivative, for LSD and ESD (torch.func.jvp will do if no fused kernel is in
-    the way); and `encode`, for clean contexts. Under --context h has fewer than seq_len positions.
+    Another block is a class, named in `DiT.__init__`, with `forward`; `dual` for LSD and ESD
+    (torch.func.jvp will do if no fused kernel is in the way); and `encode` for clean contexts.
     """
 
     def __init__(self, config):
@@ -323,8 +289,7 @@ class Block(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
-        gelu = nn.GELU(approximate="tanh")
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), gelu, nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
         self.modulation = nn.Linear(config.time_width, 6 * D)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -337,8 +302,7 @@ class Block(nn.Module):
 
     def trace(self, h, time, rotary, before=None, causal=False):
         """The forward pass: (h, (keys, values), other intermediate values, for `dual`)."""
-        modulation = self.modulation(time).chunk(6, -1)  # (B, 1 or L, D) each
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)
         n_a, r_a = norm(h)
         q, k, v = self.split(self.qkv(modulate(n_a, shift_a, scale_a)), rotary)
         if before is not None:
@@ -350,13 +314,10 @@ class Block(nn.Module):
         up = self.mlp[0](modulate(n_m, shift_m, scale_m))
         m = GeluLinear.apply(up, self.mlp[2].weight, self.mlp[2].bias)
         h = torch.addcmul(h, gate_m, m)
-        return h, (k, v), (modulation, n_a, r_a, q, a, n_m, r_m, up, m)
+        return h, (k, v), (n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m)
 
     def forward(self, h, time, rotary, before=None):
-        """h (B, L, D), time (B, 1 or L, time_width), rotary (cos, sin) -> h (B, L, D).
-
-        before: keys and values (B, heads, c, D / heads) of a clean context to attend to as well.
-        """
+        """h (B, L, D), time (B, 1 or L, time_width) -> h. before: (keys, values) of a context."""
         return self.trace(h, time, rotary, before)[0]
 
     def encode(self, h, time, rotary, before=None):
@@ -365,16 +326,14 @@ class Block(nn.Module):
         return h, keys
 
     def dual(self, h, dh, time, dtime, rotary, before=None):
-        """`forward` with its ordinary autograd graph, and its derivative along (dh, dtime).
+        """(h, dh): `forward` with its graph, and its derivative along (dh, dtime) without one.
 
-        Forward mode, written out: the fused attention kernels have none, and torch.func.jvp would
-        also record an autograd graph of the tangent, which we never use. The context `before` is a
-        constant of the derivative. Returns (h, dh).
+        Written out: the fused attention kernels have no forward mode, and torch.func.jvp would
+        record a graph of the tangent too. The context `before` is a constant.
         """
         out, (k, v), kept = self.trace(h, time, rotary, before)
-        modulation, n_a, r_a, q, a, n_m, r_m, up, m = kept
+        n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m = kept
         with torch.no_grad():
-            _, scale_a, gate_a, _, scale_m, gate_m = modulation
             d_modulation = F.linear(dtime, self.modulation.weight)
             dshift_a, dscale_a, dgate_a, dshift_m, dscale_m, dgate_m = d_modulation.chunk(6, -1)
             dn = norm_tangent(n_a, r_a, dh)
@@ -399,29 +358,22 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        V, D = config.vocab_size, config.width
+        V, D, T = config.vocab_size, config.width, config.time_width
         self.path = INTERPOLANTS[config.interpolant]
-        knots, b = schedule_table(config.schedule, V, config.schedule_blend)
-        self.schedule_tau = knots  # float64, on the CPU
+        self.schedule_tau, b = schedule_table(config.schedule, V, config.schedule_blend)
         self.schedule_time = self.path.time_of(b)
 
         # W. Orthogonal: for V > D, W^T W = I, so the noise y0 = x0 W starts with unit variance.
         self.embedding = nn.Parameter(nn.init.orthogonal_(torch.empty(V, D)))
-        self.time_s = TimeEmbedding(config.time_width)
-        self.time_t = TimeEmbedding(config.time_width)
+        self.time_s = TimeEmbedding(T)
+        self.time_t = TimeEmbedding(T)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_modulation = nn.Linear(config.time_width, 2 * D)
+        self.final_modulation = nn.Linear(T, 2 * D)
         self.head = nn.Parameter(torch.zeros(V, D))
-        nn.init.zeros_(self.final_modulation.weight)
-        nn.init.zeros_(self.final_modulation.bias)
-        # The learned weight of the distillation loss, a function of the two times.
-        self.loss_weight = nn.Sequential(
-            nn.Linear(2 * config.time_width, config.time_width),
-            nn.SiLU(),
-            nn.Linear(config.time_width, 1),
-        )
-        nn.init.zeros_(self.loss_weight[-1].weight)
-        nn.init.zeros_(self.loss_weight[-1].bias)
+        self.loss_weight = nn.Sequential(nn.Linear(2 * T, T), nn.SiLU(), nn.Linear(T, 1))
+        for layer in (self.final_modulation, self.loss_weight[-1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
         half = D // config.heads // 2
         frequencies = 10000.0 ** (-torch.arange(half) / half)
@@ -443,11 +395,10 @@ class DiT(nn.Module):
         return method(*inputs)
 
     def forward(self, y, s, t, context=None):
-        """Hidden vectors h_st (B, L, D) of the mean denoiser psi_st = softmax(h_st @ head.T).
+        """y (B, L, D) at time s -> h_st (B, L, D); the mean denoiser is softmax(h_st @ head.T).
 
-        y: (B, L, D), the embedded state at time s. s, t: (B, 1) or (B, L), 0 <= s <= t <= 1.
-        context: None for whole rows, or a pair (keys, rotary): for each block of the network the
-        keys and values of a clean context, or None, and cos and sin of the positions of y.
+        context: None for whole rows, or a pair: each block's keys and values of a clean context, or
+        None; and cos and sin of the positions of y. Times: (B, 1 or L), 0 <= s <= t <= 1.
         """
         h = y
         time = self.time(s, t)
@@ -460,9 +411,8 @@ class DiT(nn.Module):
     def derivative(self, y, s, t, dy=None, ds=None, dt=None, context=None):
         """One dual pass: (h_st with its graph, its derivative along (dy, ds, dt) without one).
 
-        None is a zero tangent. With dy = b_s(y) and ds = 1 this is D_s of the Eulerian identity
-        (25); with dt = 1 it is d/dt of the Lagrangian identity (24). Logits are linear in h, so the
-        head turns the derivative of h into that of the logits.
+        dy = b_s(y) and ds = 1 give D_s of the Eulerian identity (25), dt = 1 gives d/dt of the
+        Lagrangian one (24). The head turns dh into the derivative of the logits, linear in h.
         """
         zeros = torch.zeros_like
         time = self.time(s, t)
@@ -498,17 +448,16 @@ class DiT(nn.Module):
         return [None] * len(self.blocks), (self.cos[:L], self.sin[:L])
 
     def encode(self, tokens, positions=None, before=None):
-        """Keys and values of clean tokens (B, c) at time 1, each seeing only earlier ones.
+        """Causal pass over clean tokens (B, c) at time 1: each block's (keys, values).
 
-        Returns a list of (keys, values), each (B, heads, c, D / heads), one pair per block.
-        before: an earlier result; the new tokens come after it and the result includes it.
-        positions: int64 (B, c); if absent, the c positions that follow `before`.
+        Keys and values: (B, heads, c, D / heads). before: an earlier result, which the new one
+        extends. positions: int64 (B, c); if absent, the c positions that follow `before`.
         """
         if positions is None:
             start = before[0][0].shape[2] if before else 0
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        one = torch.ones(len(tokens), 1, dtype=self.embedding.dtype, device=tokens.device)
         h = F.embedding(tokens, self.embedding)
+        one = torch.ones(len(h), 1, dtype=h.dtype, device=h.device)
         time = self.time(one, one)
         rotary = self.rotation(positions)
         found = []
@@ -518,31 +467,21 @@ class DiT(nn.Module):
         return found
 
     def given(self, keys, positions):
-        """This network on a block of tokens that follows or surrounds a clean context.
-
-        keys: what `encode` returned for the context, or None. positions: int64 (L,) or (B, L),
-        those of the block. Losses, teachers and the sampler take the result as they take a DiT.
-        """
+        """This network on a block at positions (L,) or (B, L), with `keys` that `encode` gave."""
         return Conditional(self, keys, positions)
 
     # --- noise, in the embedding ---
 
     @property
     def noise_size(self):
-        """Length of the standard normal vector behind one token's noise.
-
-        D for a large vocabulary. For V <= 2 D the V-vector itself is drawn: it is small, and
-        W^T W is singular for V < D and badly conditioned just above.
-        """
+        """Normals drawn per token: D, or all V if V <= 2 D, where W^T W is (nearly) singular."""
         V, D = self.config.vocab_size, self.config.width
         return V if V <= 2 * D else D
 
     def noise_factor(self):
         """R of shape (noise_size, D) with R^T R = W^T W, differentiable in W.
 
-        The jitter, 1e-6 of the mean eigenvalue, changes the factor by a few float32 roundings.
-        R costs 4 V D^2 FLOPs once a step (119 GFLOP at the paper's size, gradient included).
-        Drawing V normals for each token would cost 4 V D FLOPs a token instead.
+        It costs 4 V D^2 FLOPs a step, gradient included; V normals would cost 4 V D a token.
         """
         W = self.embedding
         if self.held_factor is not None:
@@ -550,22 +489,17 @@ class DiT(nn.Module):
         if self.noise_size == len(W):
             return W
         with torch.autocast(W.device.type, enabled=False):
-            # W^T W is symmetric: differentiate one factor and double it, half the work.
-            half = W.T @ W.detach()
+            half = W.T @ W.detach()  # W^T W is symmetric: differentiate one factor, and double
             gram = 2 * half - half.detach()
-            jitter = 1e-6 * gram.diagonal().mean().detach()
-            eye = torch.eye(len(gram), dtype=W.dtype, device=W.device)
-            return torch.linalg.cholesky(gram + jitter * eye).T
+            jitter = 1e-6 * gram.diagonal().mean().detach()  # moves R by a few float32 roundings
+            return torch.linalg.cholesky(gram + jitter.expand(len(gram)).diag()).T
 
     def hold_noise(self):
         """Compute the noise factor once, for as long as W does not change."""
         self.held_factor = self.noise_factor().detach()
 
     def embed_noise(self, xi):
-        """y0 = x0 W for x0 ~ N(0, I) in R^V, from xi ~ N(0, I) of shape (B, L, noise_size).
-
-        x0 W ~ N(0, W^T W), which is the law of xi R. Returns (B, L, D).
-        """
+        """xi ~ N(0, I) (B, L, noise_size) -> y0 = xi R (B, L, D), in law x0 W ~ N(0, W^T W)."""
         with torch.autocast(xi.device.type, enabled=False):
             return xi @ self.noise_factor()
 
@@ -579,10 +513,7 @@ class DiT(nn.Module):
     # --- times ---
 
     def times(self, tau, L=None):
-        """Progress tau in [0, 1], float64 (n, 1) on the CPU -> times of the path, float64, below 1.
-
-        (n, 1); or (n, L) if positions lag behind each other (38). L: positions (default: seq_len).
-        """
+        """Progress tau, float64 (n, 1) on the CPU -> times < 1 (n, 1), with a lag (n, L) (38)."""
         return self.times_and_rates(tau, L)[0]
 
     def times_and_rates(self, tau, L=None):
@@ -611,17 +542,13 @@ class DiT(nn.Module):
         return torch.cat(parts).view(h.shape)
 
     def compile_parts(self, dynamic=False):
-        """torch.compile the blocks, which share their code, and the losses' work on a chunk.
-
-        dynamic: for blocks after a context, whose sizes change from step to step.
-        """
+        """torch.compile the blocks and the losses. dynamic: for sizes that change (--context)."""
         self.compiled = "dynamic" if dynamic else "static"
         if dynamic:  # each mix of context, gradient, tangent and size-1 dimensions is a version
             torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             for name in ("forward", "dual", "encode"):
-                method = torch.compile(getattr(block, name), dynamic=dynamic)
-                setattr(block, name, method)
+                setattr(block, name, torch.compile(getattr(block, name), dynamic=dynamic))
 
 
 class Conditional:
@@ -630,24 +557,17 @@ class Conditional:
     def __init__(self, model, keys, positions):
         self.model = model
         self.positions = positions
-        keys = keys or [None] * len(model.blocks)
-        self.context = (keys, model.rotation(positions))
+        self.context = keys or [None] * len(model.blocks), model.rotation(positions)
+        self.derivative = functools.partial(model.derivative, context=self.context)
+        self.times = functools.partial(model.times, L=positions.shape[-1])
+        self.times_and_rates = functools.partial(model.times_and_rates, L=positions.shape[-1])
 
     def __call__(self, y, s, t):
         return self.model(y, s, t, self.context)
 
-    def derivative(self, *args, **kwargs):
-        return self.model.derivative(*args, **kwargs, context=self.context)
-
     def alone(self):
         """The same block of the same network without the context, for guidance."""
         return Conditional(self.model, None, self.positions)
-
-    def times_and_rates(self, tau):
-        return self.model.times_and_rates(tau, self.positions.shape[-1])
-
-    def times(self, tau):
-        return self.times_and_rates(tau)[0]
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -681,11 +601,7 @@ def probabilities(z):
 
 
 def chunks(rows, width):
-    """Slices of `rows` for a (rows, width) tensor of temporary values.
-
-    All but the last are a power of two long. A chunk has about a 32nd of the tensor, but about 2^22
-    values at least, to keep a device busy, and about 2^25 (128 MB in float32) at most.
-    """
+    """Slices of 2^k rows of a (rows, width) temporary: 1/32 of it, from 2^22 to 2^25 values."""
     elements = min(max(rows * width // 32, 1 << 22), 1 << 25)
     step = 1 << max(0, round(math.log2(elements / width)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
@@ -701,19 +617,15 @@ def logit_chunks(h, head):
 
 @functools.cache
 def maybe_compiled(function, compiled):
-    """`function`, compiled unless `compiled` is False. Cached, so that it is compiled once.
-
-    "static" compiles for each shape it is called with, "dynamic" for all shapes at once.
-    """
+    """`function`, compiled once: for each shape ("static"), for all shapes ("dynamic"), or not."""
     return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
 
 
 class Divergence(NamedTuple):
-    """A loss on each row of logits: function(z, *rows of the tensors in by_row, *shared).
+    """A loss on rows of logits z (n, V): function(z, *rows of the tensors in by_row, *shared).
 
-    For z (n, V) it returns a report {"loss": (n,), "distance": (n,), ...} and g (n, V), the
-    gradient on z to descend. The distance is |q - p| between target and prediction. by_row and
-    shared, with the heads passed there, are constants: gradients reach only what makes z.
+    It returns a report {"loss": (n,), "distance": (n,), ...}, with distance |q - p| from prediction
+    to target, and the gradient g (n, V) on z. by_row and shared are constants of the gradient.
     """
 
     function: Callable
@@ -724,8 +636,7 @@ class Divergence(NamedTuple):
 class HeadLoss(torch.autograd.Function):
     """sum_i scale_i w_i loss_i over rows of hidden vectors, with gradients found on the way.
 
-    For each chunk of rows: logits, divergence, its gradient g on the logits (for a cross-entropy or
-    a forward KL exactly p - q), and at once g @ head and g.T @ h. No (rows, V) tensor survives.
+    In chunks: logits, their gradient g, at once g @ head and g.T @ h. No (rows, V) tensor survives.
     """
 
     @staticmethod
@@ -750,46 +661,36 @@ class HeadLoss(torch.autograd.Function):
             elif grad_head is not None:
                 grad_head += g.T @ low_h[rows]
         ctx.found = grad_h, grad_head
-        columns = {name: torch.cat([report[name] for report in reports]) for name in reports[0]}
-        ctx.mark_non_differentiable(*columns.values())
-        return total, tuple(columns), *columns.values()
+        return total, {name: torch.cat([part[name] for part in reports]) for name in reports[0]}
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        grad_h, grad_head = ctx.found
+    def backward(ctx, grad, _):
+        grads = [None if found is None else found.mul_(grad) for found in ctx.found]
         ctx.found = None  # scaled in place, not copied, so this works only once
-        grad_h = None if grad_h is None else grad_h.mul_(grad)
-        grad_head = None if grad_head is None else grad_head.mul_(grad)
-        return grad_h, grad_head, None, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 @functools.cache  # so that torch.compile sees the same function at every step
 def weighted(function, c, r):
-    """What HeadLoss does with a chunk between its matrix products.
-
-    (z, scale, *inputs) -> (weighted sum of losses, report, gradient on z in the dtype of z).
-    """
+    """HeadLoss between its products: (z, scale, *inputs) -> (weighted sum, report, gradient)."""
 
     def chunk(z, scale, *inputs):
         report, g = function(wide(z), *inputs)
         adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
         weight = scale * adaptive
         report["weighted"] = adaptive * report["loss"]
-        total = (weight * report["loss"]).sum()
-        return total, report, g.mul_(weight[:, None]).to(z.dtype)
+        return (weight * report["loss"]).sum(), report, g.mul_(weight[:, None]).to(z.dtype)
 
     return chunk
 
 
 def head_loss(h, head, scale, divergence, c, r, compiled=False):
-    """sum_i scale_i w_i loss_i, and a report per row, from hidden vectors h (N, D), head (V, D).
+    """sum_i scale_i w_i loss_i, differentiable in h (N, D) and head (V, D), and a report per row.
 
-    scale: (N,), constants. divergence: a `Divergence`. w_i = (distance_i^2 + c)^-r is the adaptive
-    weight (45), a constant of the gradient. Returns a scalar, differentiable in h and head, and
-    {name: (N,)}: "loss" unweighted, "weighted" (w_i loss_i), and what the divergence reports.
+    w_i = (distance_i^2 + c)^-r is the adaptive weight (45), a constant like scale (N,). The report
+    {name: (N,)} has the plain "loss", "weighted" (w_i loss_i), and what the `Divergence` adds.
     """
-    total, names, *columns = HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
-    return total, dict(zip(names, columns, strict=True))
+    return HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
 
 
 def entropy(p):
@@ -798,15 +699,13 @@ def entropy(p):
 
 
 # ------------------------------------------------------------------------------------------------
-# Randomness: a function of (seed, step, row of the global batch). The number of ranks, of
-# micro-batches and of samples at once changes no number, and resuming needs no saved generator.
+# Randomness: a function of (seed, step, row of the global batch), however those rows are split.
 
 
 class Draw:
-    """The random numbers of some rows of one step's global batch.
+    """Random numbers of rows (n,) of a step's global batch; each call draws fresh ones.
 
-    rows: int array (n,), indices into the global batch. Each call draws fresh numbers. The same
-    sequence of calls gives a row the same numbers, whichever rows are drawn with it.
+    The same calls give a row the same numbers, whichever rows are drawn with it.
     """
 
     def __init__(self, seed, step, rows, device, calls=0):
@@ -840,8 +739,7 @@ class Draw:
     def uniform(self, k):
         """k uniforms for each row, float64 (n, k) on the CPU, of low discrepancy over the rows.
 
-        A Kronecker sequence: frac(offset + row a_j), a_j = phi^-(j+1), phi^(k+1) = phi + 1 (the
-        golden ratio for k = 1). The offset is new each step, so each number alone is uniform.
+        Kronecker: frac(offset + row a_j), a_j = phi^-(j+1), phi^(k+1) = phi + 1; a random offset.
         """
         self.calls += 1
         offset = np.random.default_rng([self.seed, self.step, self.calls]).random(k)
@@ -889,11 +787,7 @@ def checkpoints(folder):
 
 
 def save_checkpoint(folder, content, keep):
-    """Write folder/checkpoint-STEP.pt and delete all but the newest `keep` checkpoints.
-
-    Raises SystemExit, with the earlier checkpoints untouched, if the disk is full or the weights
-    are not finite.
-    """
+    """Write folder/checkpoint-STEP.pt; only once it is safe, delete all but the newest `keep`."""
     step = content["step"]
     path = Path(folder) / f"checkpoint-{step}.pt"
     weights = [*content["model"].values(), *content["ema"].values()]
@@ -912,21 +806,16 @@ def save_checkpoint(folder, content, keep):
 
 
 def read_checkpoint(path):
-    """The dict that a training stage wrote, on the CPU. path: a checkpoint, or a run's folder.
-
-    In a folder the newest checkpoint that can be read is taken. Raises SystemExit if none can.
-    """
+    """A checkpoint's dict, on the CPU; of a run's folder, the newest one that can be read."""
     path = Path(path)
     reasons = []
     for candidate in checkpoints(path) if path.is_dir() else [path]:
         try:
             with zipfile.ZipFile(candidate) as archive:
-                damaged = archive.testzip()  # compares checksums, which torch.load does not
-            if damaged:
-                raise ValueError(f"{damaged} in it does not match its checksum")
+                if damaged := archive.testzip():  # torch.load does not compare checksums
+                    raise ValueError(f"{damaged} in it does not match its checksum")
             checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
-            missing = CHECKPOINT_KEYS - checkpoint.keys()
-            if missing:
+            if missing := CHECKPOINT_KEYS - checkpoint.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -940,10 +829,7 @@ def read_checkpoint(path):
 
 
 def load_model(path, device="cpu"):
-    """(DiT with the averaged weights, in eval mode on `device`; the checkpoint's dict).
-
-    path: a checkpoint or a run's folder. Raises SystemExit if it does not fit its own config.
-    """
+    """(DiT with the averaged weights in eval mode, the dict) of a checkpoint or a run's folder."""
     checkpoint = read_checkpoint(path)
     try:
         model = DiT(ModelConfig(**checkpoint["model_config"]))
@@ -966,8 +852,7 @@ def machine_flags(parser):
     """Add --device and --dtype, which every program with a network has."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=["cuda", "cpu", "mps"], help="default: cuda if available, else cpu")
-    help = "of matrix products (default: bfloat16 on cuda, else float32)"
-    add("--dtype", choices=["float32", "bfloat16"], help=help)
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
 
 
 def resolve_machine(args):

@@ -4,18 +4,17 @@
     python prepare_data.py owt                      # the paper's OpenWebText: GPT-2 BPE, L = 1024
     python prepare_data.py lm1b                     # the paper's LM1B: bert-base-uncased, L = 128
     python prepare_data.py text8                    # 27 characters, L = 256
-    python prepare_data.py file --source my.txt     # any local .txt, .jsonl or .parquet
+    python prepare_data.py file --source my.txt     # .txt, .jsonl or .parquet: GPT-2 BPE, L = 128
 
-Reads a data set from the hub, or local files, with the `datasets` library and writes a folder:
+Reads a data set from the hub, or local files, and writes a folder:
 
     data/NAME/train.bin, val.bin    uint16, rows of exactly L tokens, nothing between the rows
-    data/NAME/meta.json             name, tokenizer, vocab_size, seq_len, bos/eos/pad ids, row
-                                    counts, source, sha256 of both files, vocabulary (not GPT-2's)
+    data/NAME/meta.json             tokenizer, vocabulary, row counts, settings, sha256 of both
 
 Word-piece rows are packed as in the paper: documents are joined by EOS, the stream is cut every
 L - 2 tokens, and BOS and EOS frame each cut. Character rows are plain cuts of L characters. An
 incomplete last cut is dropped. Everything is written to data/NAME.partial and renamed at the end:
-a data set is complete or absent. A killed run leaves NAME.partial; the next one replaces it.
+a data set is complete or absent.
 """
 
 import argparse
@@ -27,22 +26,14 @@ import json
 import math
 import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Source(NamedTuple):
-    """The defaults of the flags that depend on what is prepared."""
-
-    source: list  # a data set on the hub
-    tokenizer: str
-    seq_len: int | None
-    documents: str = "document"  # what one document of a .txt file is
-    val_documents: int = 0  # held out at the end
-
-
+# The defaults of the flags that depend on what is prepared.
+FLAGS = "source tokenizer seq_len documents val_documents"
+Source = namedtuple("Source", FLAGS, defaults=("document", 0))
 SOURCES = {
     "grammar": Source([], "grammar", None),
     "owt": Source(["Skylion007/openwebtext"], "gpt2", 1024, "paragraph", val_documents=100_000),
@@ -60,10 +51,9 @@ AGAIN = "run prepare_data.py --force to make it again"
 
 
 def pack(documents, seq_len, bos, eos):
-    """Yield blocks of uint16 rows (n, L) from an iterable of integer sequences, one per document.
+    """Join documents (integer sequences) and cut them, as above, into blocks of uint16 rows (n, L).
 
-    Documents are joined by EOS, the stream is cut every L - 2 tokens, and BOS and EOS frame each
-    cut. With bos = eos = None nothing is added, and the stream is cut every L tokens.
+    With bos = eos = None nothing is added, and the stream is cut every L tokens.
     """
     body = seq_len if bos is None else seq_len - 2
     end = [] if eos is None else [eos]
@@ -73,111 +63,82 @@ def pack(documents, seq_len, bos, eos):
         pieces = [piece for ids in batch for piece in (ids, end)]
         # build has checked that ids fit in uint16; numpy takes an empty list for floats.
         stream = np.concatenate([stream, *pieces], dtype=np.uint16, casting="unsafe")
-        whole = len(stream) // body * body
-        rows = stream[:whole].reshape(-1, body)
-        stream = stream[whole:]
+        rows, stream = np.split(stream, [len(stream) // body * body])
+        rows = rows.reshape(-1, body)
         if bos is not None:
             rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (bos, eos)))
         yield rows
 
 
 def text_rows(args):
-    """Return the tokenizer's part of meta.json and the blocks of rows of train and val.
-
-    val is None if the source has no split of its own and no documents are to be held out.
-    """
-    train, val = load_documents(args)
-    kind = getattr(train.features.get(args.column), "dtype", "missing")
-    if kind not in ("string", "large_string"):
-        found = f"column {args.column!r} is {kind}, not text"
-        raise SystemExit(f"{found}; name one of {train.column_names} with --column")
-    if args.limit is not None:
-        train = train.take(min(args.limit, len(train)))
-        if val is not None:
-            val = val.take(min(args.limit, len(val)))
-    if args.val_documents and val is None:
-        cut = len(train) - args.val_documents
-        if cut < 1:
-            found = f"{len(train)} documents are too few to hold out {args.val_documents}"
-            raise SystemExit(f"{found}; lower --val-documents")
-        val = train.skip(cut)
-        train = train.take(cut)
+    """Return the tokenizer's part of meta.json, and the blocks of train and, if any, of val."""
+    splits = load_documents(args)
     if args.tokenizer == "char":
-        return char_rows(args, train, val)
-
+        return char_rows(args, splits)
     tokenizer = describe_tokenizer(args.tokenizer, args.bert)
     encode = functools.partial(encode_batch, args.tokenizer, args.bert, args.column)
 
-    def rows(dataset, split):
-        workers = max(1, min(args.workers, len(dataset)))
-        options = dict(batched=True, num_proc=workers, desc=f"tokenising {split}")
-        tokens = dataset.map(encode, remove_columns=dataset.column_names, **options)
+    def rows(split):
+        workers = max(1, min(args.workers, len(split)))
+        options = dict(batched=True, num_proc=workers, desc="tokenising")
+        tokens = split.map(encode, remove_columns=split.column_names, **options)
         batches = tokens.with_format("numpy").iter(1000)
         documents = (ids for batch in batches for ids in batch["ids"] if len(ids))
         return pack(documents, args.seq_len, tokenizer["bos_id"], tokenizer["eos_id"])
 
-    return tokenizer, rows(train, "train"), None if val is None else rows(val, "val")
+    return tokenizer, [rows(split) for split in splits]
 
 
-def char_rows(args, train, val):
+def char_rows(args, splits):
     """`text_rows` for characters: the vocabulary is what occurs, newlines join documents."""
-    splits = [train] if val is None else [train, val]
     texts = ["\n".join(text or "" for text in split[args.column]) for split in splits]
-    if args.name == "text8" and val is None:  # the usual split: 90M, 5M and 5M characters
+    if args.name == "text8" and len(texts) == 1:  # the usual split: 90M, 5M and 5M characters
         whole = texts[0].strip()
         cut = len(whole) * 90 // 100
         texts = [whole[:cut], whole[cut : len(whole) * 95 // 100]]
     vocab = sorted(set().union(*texts))
     if args.name == "text8" and (others := set(vocab) - set(" abcdefghijklmnopqrstuvwxyz")):
-        found = f"text8 holds a-z and spaces only, the source has {sorted(others)[:10]}"
-        raise SystemExit(f"{found}; use `file --tokenizer char` for other text")
+        raise SystemExit(f"text8 is a-z and spaces, not {sorted(others)[:5]}; prepare it as `file`")
     table = np.zeros(0x110000, np.uint16)  # code point -> id
     table[[ord(character) for character in vocab]] = np.arange(len(vocab))  # build checks the size
     codes = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
-    blocks = [pack([table[code]], args.seq_len, None, None) for code in codes]
-
     tokenizer = dict(tokenizer="char", vocab_size=len(vocab), bos_id=None, eos_id=None, pad_id=None)
-    tokenizer.update(vocab=vocab, join="")
-    return tokenizer, blocks[0], blocks[1] if len(blocks) == 2 else None
+    tokenizer |= dict(vocab=vocab, join="")
+    return tokenizer, [pack([table[code]], args.seq_len, None, None) for code in codes]
 
 
 def load_documents(args):
-    """Return the source's documents as `datasets.Dataset`: train, and val or None."""
+    """Return the source's documents as a list of `datasets.Dataset`: train and, if any, val."""
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets reports even the use of local readers
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no warning at each retry
     import datasets
 
-    missing = [source for source in args.source if not Path(source).exists()]
-    if missing and (args.name == "file" or len(args.source) > 1):
-        expected = "expected .txt, .jsonl or .parquet files (or, except for `file`, one hub name)"
-        raise SystemExit(f"no such file: {missing[0]!r}; {expected}; correct --source")
-    where = dict(path=args.source[0])
-    if not missing:
-        reader, files = local_files(args.source)
-        where = dict(path=reader, data_files=files)
-        if reader == "text":
-            where.update(sample_by=args.documents, keep_linebreaks=False)
+    where = dict(path=args.source[0])  # a name on the hub, unless it is a file
+    kinds = {Path(name).suffix if Path(name).is_file() else None for name in args.source}
+    if len(kinds) == 1 and kinds <= READERS.keys():
+        where = dict(path=READERS[kinds.pop()], data_files=args.source)
+        if where["path"] == "text":
+            where |= dict(sample_by=args.documents, keep_linebreaks=False)
+    elif args.name == "file" or len(args.source) > 1:
+        expected = f"expected files that exist, of one kind of {list(READERS)}"
+        raise SystemExit(f"--source {' '.join(args.source)}: {expected}")
     try:
         loaded = datasets.load_dataset(**where)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
-        cause = reason(error.__cause__ or error)  # datasets wraps the error that explains
-        advice = "check the name, the file and the network, or give local files with --source"
-        raise SystemExit(f"cannot load {args.source[0]!r}: {cause}; {advice}") from None
-    val = next((loaded[split] for split in ("validation", "test") if split in loaded), None)
-    return loaded["train"], val
-
-
-def local_files(source):
-    """Return the name of the `datasets` reader and the files, all of one kind, in `source`."""
-    files = []
-    for path in map(Path, source):
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [file for file in inside if file.suffix in READERS or file == path]
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) != 1 or not suffixes <= READERS.keys():
-        found = ", ".join(sorted({file.name for file in files})[:3]) or "no files"
-        raise SystemExit(f"--source holds {found}; expected files of one kind of {list(READERS)}")
-    return READERS[suffixes.pop()], [str(file) for file in files]
+        found = f"cannot load {args.source[0]!r}: {reason(error.__cause__ or error)}"
+        raise SystemExit(f"{found}; check the network, or give files with --source") from None
+    splits = [loaded[name] for name in ("train", "validation", "test") if name in loaded][:2]
+    columns = splits[0].features
+    if getattr(columns.get(args.column), "dtype", None) not in ("string", "large_string"):
+        raise SystemExit(f"no text in column {args.column!r}; --column takes one of {[*columns]}")
+    if args.limit is not None:
+        splits = [split.take(min(args.limit, len(split))) for split in splits]
+    if args.val_documents and len(splits) == 1:
+        cut = len(splits[0]) - args.val_documents
+        if cut < 1:
+            raise SystemExit(f"only {len(splits[0])} documents; lower --val-documents")
+        splits = [splits[0].take(cut), splits[0].skip(cut)]
+    return splits
 
 
 def reason(error):
@@ -202,8 +163,7 @@ def prepare(args):
     try:
         meta = build(args, partial)
         refuse_others(args.out)  # again: building can take hours
-        if args.out.exists():
-            shutil.rmtree(args.out)
+        shutil.rmtree(args.out, ignore_errors=True)
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
@@ -219,24 +179,21 @@ def refuse_others(folder):
 def build(args, folder):
     """Write train.bin, val.bin and meta.json into `folder`; return the last as a dict."""
     source_rows = grammar_split if args.name == "grammar" else text_rows
-    tokenizer, train, val = source_rows(args)
+    tokenizer, (train, *val) = source_rows(args)
     if (size := tokenizer["vocab_size"]) > 65536:
         raise SystemExit(f"a vocabulary of {size} does not fit in uint16; use another tokenizer")
-    train_rows, train_sha256 = write_rows(folder / "train.bin", train, args.seq_len)
-    if val is None:  # hold out the last 5% of the rows, at least one
+    train_rows, train_sha256 = write_rows(folder / "train.bin", train)
+    if not val:  # hold out the last 5% of the rows, at least one
         rows = np.fromfile(folder / "train.bin", "<u2").reshape(-1, args.seq_len)
         held = max(1, len(rows) // 20)
-        train_rows, train_sha256 = write_rows(folder / "train.bin", [rows[:-held]], args.seq_len)
-        val = [rows[-held:]]
-    val_rows, val_sha256 = write_rows(folder / "val.bin", val, args.seq_len)
+        train_rows, train_sha256 = write_rows(folder / "train.bin", [rows[:-held]])
+        val = [[rows[-held:]]]
+    val_rows, val_sha256 = write_rows(folder / "val.bin", val[0])
     if not train_rows or not val_rows:
-        found = f"{train_rows} training and {val_rows} validation rows of {args.seq_len} tokens"
-        advice = "give more text or a smaller --seq-len"
-        raise SystemExit(f"the text is empty or too short, it gives {found}; {advice}")
+        raise SystemExit(f"the text is too short for rows of {args.seq_len}; lower --seq-len")
     meta = dict(name=args.name, seq_len=args.seq_len, **tokenizer)
-    meta.update(train_rows=train_rows, val_rows=val_rows, source=args.source)
-    meta["sha256"] = {"train": train_sha256, "val": val_sha256}
-    meta["settings"] = args.settings
+    meta |= dict(train_rows=train_rows, val_rows=val_rows, source=args.source)
+    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256), settings=args.settings)
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         file.write(json.dumps(meta, ensure_ascii=False) + "\n")
         file.flush()
@@ -244,7 +201,7 @@ def build(args, folder):
     return meta
 
 
-def write_rows(path, blocks, seq_len):
+def write_rows(path, blocks):
     """Write blocks of rows (n, L) to `path`; return the number of rows and the file's sha256."""
     from tqdm import tqdm
 
@@ -259,7 +216,6 @@ def write_rows(path, blocks, seq_len):
             bar.update(len(block))
         file.flush()
         os.fsync(file.fileno())  # the rows must reach the disk before the rename does
-    assert path.stat().st_size == 2 * seq_len * count
     return count, digest.hexdigest()
 
 
@@ -269,40 +225,32 @@ def write_rows(path, blocks, seq_len):
 
 
 @functools.cache
-def gpt2_encoding():
-    import tiktoken
-
+def pretrained(name, where=None):
+    """The gpt2 or bert tokenizer; `where`, for bert alone, is a name on the hub or a folder."""
     try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # any of requests' errors, or one of the file system
-        found = f"cannot download the GPT-2 vocabulary ({reason(error)})"
-        advice = "connect to the internet, or set TIKTOKEN_CACHE_DIR to tiktoken's cache of it"
-        raise SystemExit(f"{found}; {advice}") from None
+        if name == "gpt2":
+            import tiktoken
 
-
-@functools.cache
-def bert_tokenizer(where):
-    """The tokenizer at `where`: a name on the hub or a folder."""
-    try:
+            return tiktoken.get_encoding("gpt2")
         from transformers import BertTokenizerFast
 
         tokenizer = BertTokenizerFast.from_pretrained(where)
         if len(tokenizer) < 1000:  # transformers 5 returns an empty one if it finds no files
-            raise ValueError("no vocabulary there")
-    except Exception as error:  # ImportError, OSError, or huggingface_hub's and httpx's own
-        found = f"no bert tokenizer at {where!r} ({reason(error)})"
-        advice = "pip install transformers, connect to the internet, or give its folder with --bert"
-        raise SystemExit(f"{found}; {advice}") from None
+            raise ValueError(f"no vocabulary at {where!r}")
+    except Exception as error:  # ImportError, OSError, or one of requests, huggingface_hub, httpx
+        advice = "set TIKTOKEN_CACHE_DIR" if name == "gpt2" else "give a folder with --bert"
+        found = f"cannot load the {name} tokenizer ({reason(error)})"
+        raise SystemExit(f"{found}; check the network, or {advice}") from None
     return tokenizer
 
 
 def describe_tokenizer(name, where):
     """The part of meta.json about the word-piece tokenizer `name`; `where` is for bert alone."""
     if name == "gpt2":
-        gpt2 = gpt2_encoding()
+        gpt2 = pretrained("gpt2")
         ids = dict(bos_id=gpt2.eot_token, eos_id=gpt2.eot_token, pad_id=None)
         return dict(tokenizer="gpt2", vocab_size=gpt2.n_vocab, **ids)
-    bert = bert_tokenizer(where)
+    bert = pretrained("bert", where)
     ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
     vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
     return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
@@ -312,19 +260,18 @@ def encode_batch(tokenizer, where, column, batch):
     """Encode a batch of documents: {"ids": one list of token ids per document}, no BOS or EOS."""
     texts = [text or "" for text in batch[column]]
     if tokenizer == "gpt2":
-        return {"ids": gpt2_encoding().encode_ordinary_batch(texts, num_threads=1)}
+        return {"ids": pretrained("gpt2").encode_ordinary_batch(texts, num_threads=1)}
     options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return {"ids": bert_tokenizer(where)(texts, **options)["input_ids"]}
+    return {"ids": pretrained("bert", where)(texts, **options)["input_ids"]}
 
 
 def encoder(meta):
     """Return a function text -> list of token ids: the inverse of `decode`, up to tokenization.
 
-    A special token written in the text, like <|endoftext|>, becomes its id. SystemExit at a word or
-    character that the vocabulary lacks.
+    Special tokens in the text, like <|endoftext|>, become their ids; SystemExit at an unknown word.
     """
     if meta["tokenizer"] == "gpt2":
-        return lambda text: gpt2_encoding().encode(text, allowed_special="all")
+        return lambda text: pretrained("gpt2").encode(text, allowed_special="all")
     index = {word: i for i, word in enumerate(meta["vocab"])}
     if meta["tokenizer"] == "bert":
         from transformers import BertTokenizerFast
@@ -336,8 +283,7 @@ def encoder(meta):
         try:
             return [index[word] for word in (text.split() if meta["join"] else text)]
         except KeyError as error:
-            found = f"{error} is not in the vocabulary of the data set"
-            raise SystemExit(f"{found}; use other text, or the data set it belongs to") from None
+            raise SystemExit(f"{error} is not in the vocabulary; use other words") from None
 
     return encode
 
@@ -348,7 +294,7 @@ def decode(meta, ids):
     while ids and ids[-1] == meta["pad_id"]:
         ids.pop()
     if meta["tokenizer"] == "gpt2":
-        return gpt2_encoding().decode(ids)
+        return pretrained("gpt2").decode(ids)
     text = meta["join"].join(meta["vocab"][i] for i in ids)
     if meta["tokenizer"] == "bert":
         text = text.replace(" ##", "")  # "##" marks a piece that continues a word
@@ -369,18 +315,10 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        meta = None
-    needed = ["tokenizer", "vocab_size", "bos_id", "eos_id", "pad_id"]
-    needed += ["seq_len", "train_rows", "val_rows", "sha256"]
-    fault = None
-    if not isinstance(meta, dict):
-        fault = "not the meta.json of a data set"
-    elif missing := [key for key in needed if key not in meta]:
-        fault = f"{', '.join(missing)} missing"
-    elif "vocab" in meta and len(meta["vocab"]) != meta["vocab_size"]:
-        fault = f"vocab holds {len(meta['vocab'])} words, vocab_size says {meta['vocab_size']}"
-    if fault:
-        raise SystemExit(f"{path}: {fault}; {AGAIN}")
+        meta = {}
+    needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
+    if missing := set(needed.split()) - set(meta):
+        raise SystemExit(f"{path} is damaged, it lacks {sorted(missing)}; {AGAIN}")
     return meta
 
 
@@ -399,13 +337,9 @@ def same_tokens(path, trained_meta, folder, meta):
     """SystemExit unless `folder` has the tokens and row length that checkpoint `path` learned."""
     for key in ("tokenizer", "vocab_size", "seq_len", "vocab"):
         was = trained_meta.get(key)
-        now = meta.get(key)
-        if was != now:
-            values = "" if key == "vocab" else f" ({was}, not {now})"  # a vocabulary is too long
-            advice = "name the data set that it was trained on with --data"
-            raise SystemExit(
-                f"{path} was trained on another {key} than {folder} has{values}; {advice}"
-            )
+        if was != meta.get(key):
+            found = f"{path} has {key} {was!s:.40}, {folder} has {meta.get(key)!s:.40}"
+            raise SystemExit(f"{found}; name the data set that it was trained on with --data")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -414,18 +348,16 @@ def same_tokens(path, trained_meta, folder, meta):
 
 def positive(text):
     """An argparse type: an integer of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
 
 
 def fraction(text):
     """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
+    if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return value
+    return float(text)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -446,34 +378,28 @@ def parse_args():
     add("--force", action="store_true", help="replace a finished data set")
 
     add = parser.add_argument_group("what to read").add_argument
-    text = "a data set on the hub, or local .txt, .jsonl or .parquet files or folders"
-    add("--source", nargs="+", metavar="WHERE", help=text)
+    add("--source", nargs="+", help="a data set on the hub, or .txt, .jsonl or .parquet files")
     add("--column", default="text", metavar="NAME", help="the column that holds the text")
-    text = "what to cut a .txt file into; blank lines separate paragraphs"
-    add("--documents", choices=["line", "paragraph", "document"], help=text)
-    text = "documents to hold out at the end of a source without a validation split"
-    text += " (default: owt 100000; for others, the last 5%% of the rows are held out)"
+    units = ["line", "paragraph", "document"]
+    add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
+    text = "hold out the last N if no split is given (default: owt 100000; others, 5%% of the rows)"
     add("--val-documents", type=int, metavar="N", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")
 
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
-    text = "default: owt and file gpt2, lm1b bert, text8 char"
-    add("--tokenizer", choices=["gpt2", "bert", "char"], help=text)
-    text = "hub name or folder of the bert tokenizer"
-    add("--bert", default="bert-base-uncased", metavar="WHERE", help=text)
-    text = "tokens a row, BOS and EOS included (default: owt 1024, lm1b 128, text8 256, file 128)"
+    add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
+    add("--bert", default="bert-base-uncased", help="hub name or folder of the bert tokenizer")
+    text = "tokens a row, BOS and EOS included (default: as listed above)"
     add("--seq-len", type=positive, metavar="L", help=text)
-    cores = os.cpu_count() or 1
-    add("--workers", type=positive, default=cores, metavar="N", help="processes that tokenise")
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise")
     args = parser.parse_args()
 
     flags = vars(args)
     defaults = SOURCES[args.name]._asdict()
     given = {key: flags[key] for key in (*defaults, "limit") if flags[key] is not None}
     if args.name == "grammar" and given:
-        flag = next(iter(given)).replace("_", "-")
-        raise SystemExit(f"the grammar is generated: --{flag} does not apply to it")
+        raise SystemExit(f"the grammar is generated: it has no {', '.join(given)}")
     if args.name == "file" and not args.source:
         raise SystemExit("file needs --source with local .txt, .jsonl or .parquet files")
     flags.update(defaults | given)
@@ -487,63 +413,54 @@ def parse_args():
 #
 #     some farmers near the river read a famous poem .
 #
-# Number binds determiner, subject and verb, up to five words apart across "near the river". The
-# verb's class binds its object and the object's adjective, three words apart. Every (state, word)
-# has one successor, so a row has at most one derivation: its probability is one product, and the
-# entropy of the source is one backward recursion.
+# Number binds determiner, subject and verb, up to five words apart. The verb's class binds its
+# object and the object's adjective. Every (state, word) has one successor: the probability of a row
+# is one product, and the entropy of the source is one backward recursion.
 
-DETERMINERS = {"sg": "a this", "pl": "some these"}
-PEOPLE = {
-    "sg": "child woman farmer sailor king doctor",
-    "pl": "children women farmers sailors kings doctors",
-}
-PREPOSITIONS = "near behind"
-PLACES = "river bridge castle market school"
-VERBS = {
-    "food": {"sg": "eats cooks", "pl": "eat cook"},
-    "text": {"sg": "reads writes", "pl": "read write"},
-}
-ADJECTIVES = {"food": "fresh warm sweet spicy", "text": "long short famous clever"}
-OBJECTS = {"food": "apple cake soup pear fish", "text": "book letter poem story song"}
-OPTIONAL = 1 / 2  # the probability of each optional phrase
+NUMBERS = [  # number, determiners, people, verbs of food and of text
+    ("sg", "a this", "child woman farmer sailor king doctor", "eats cooks", "reads writes"),
+    ("pl", "some these", "children women farmers sailors kings doctors", "eat cook", "read write"),
+]
+CLASSES = [  # class of the verb, adjectives, objects
+    ("food", "fresh warm sweet spicy", "apple cake soup pear fish"),
+    ("text", "long short famous clever", "book letter poem story song"),
+]
 PAD = "<pad>"
-STOP = "."
 
 
 @functools.cache
 def grammar():
-    """The automaton {state: {word: (probability, next state)}}, from "start" to None."""
+    """The automaton {state: {word: (probability, next state)}}: "start" ... None, then padding."""
     states = {}
 
     def add(state, words, probability, successor):
-        arcs = states.setdefault(state, {})
         for word in words.split():
-            assert word not in arcs, f"two derivations through {word!r}"
-            arcs[word] = (probability / len(words.split()), successor)
+            states.setdefault(state, {})[word] = (probability / len(words.split()), successor)
 
-    for n in ("sg", "pl"):
-        add("start", DETERMINERS[n], 1 / 2, n)
-        add(n, PEOPLE[n], 1, f"subject {n}")
-        add(f"subject {n}", PREPOSITIONS, OPTIONAL, f"preposition {n}")
+    for n, determiners, people, *verbs in NUMBERS:
+        add("start", determiners, 1 / 2, n)
+        add(n, people, 1, f"subject {n}")
+        add(f"subject {n}", "near behind", 1 / 2, f"preposition {n}")  # optional phrase
         add(f"preposition {n}", "the", 1, f"place {n}")
-        add(f"place {n}", PLACES, 1, f"verb {n}")
-        for kind in VERBS:
-            add(f"subject {n}", VERBS[kind][n], (1 - OPTIONAL) / len(VERBS), kind)
-            add(f"verb {n}", VERBS[kind][n], 1 / len(VERBS), kind)
-    for kind in VERBS:
+        add(f"place {n}", "river bridge castle market school", 1, f"verb {n}")
+        for kind, words in zip(("food", "text"), verbs, strict=True):
+            add(f"subject {n}", words, 1 / 4, kind)
+            add(f"verb {n}", words, 1 / 2, kind)
+    for kind, adjectives, objects in CLASSES:
         add(kind, "the a", 1, f"{kind} object")
-        add(f"{kind} object", ADJECTIVES[kind], OPTIONAL, f"{kind} noun")
-        add(f"{kind} object", OBJECTS[kind], 1 - OPTIONAL, "stop")
-        add(f"{kind} noun", OBJECTS[kind], 1, "stop")
-    add("stop", STOP, 1, None)
+        add(f"{kind} object", adjectives, 1 / 2, f"{kind} noun")  # optional word
+        add(f"{kind} object", objects, 1 / 2, "stop")
+        add(f"{kind} noun", objects, 1, "stop")
+    add("stop", ".", 1, None)
+    add(None, PAD, 1, None)
     return states
 
 
 @functools.cache
 def grammar_words():
     """The vocabulary by token id: the padding, the full stop, then the words in order of use."""
-    words = dict.fromkeys(word for arcs in grammar().values() for word in arcs)
-    return [PAD, STOP] + [word for word in words if word != STOP]
+    words = (word for arcs in grammar().values() for word in arcs)
+    return list(dict.fromkeys([PAD, ".", *words]))
 
 
 @functools.cache
@@ -563,19 +480,11 @@ def grammar_entropy(state="start"):
 
 
 def grammar_log_prob(row):
-    """The exact log-probability, in nats, of a row of token ids (L,); -inf if not grammatical.
-
-    A grammatical row is one complete sentence followed by nothing but padding.
-    """
-    words = grammar_words()
+    """The exact log-probability, in nats, of a row of token ids (L,); -inf if not grammatical."""
     state = "start"
     total = 0.0
     for token in row:
-        word = words[token]
-        if state is None:
-            if word != PAD:
-                return -math.inf
-            continue
+        word = grammar_words()[token]
         if word not in grammar()[state]:
             return -math.inf
         probability, state = grammar()[state][word]
@@ -587,20 +496,16 @@ def grammar_rows(count, seed):
     """Draw `count` padded sentences: uint16 (count, L)."""
     rng = np.random.default_rng(seed)
     index = {word: i for i, word in enumerate(grammar_words())}
-    arcs = {}  # state: cumulative probabilities, token ids and next states of its words
-    for state, out in grammar().items():
-        edges = list(itertools.accumulate(p for p, _ in out.values()))
-        arcs[state] = (edges, [index[word] for word in out], [after for _, after in out.values()])
-    rows = np.zeros((count, grammar_longest()), np.uint16)  # 0 is the padding
+    edges = {}  # state: where in [0, 1] the share of one word ends and that of the next begins
+    for state, arcs in grammar().items():
+        edges[state] = list(itertools.accumulate(p for p, _ in arcs.values()))[:-1]
+    rows = np.zeros((count, grammar_longest()), np.uint16)
     for row, uniforms in zip(rows, rng.random(rows.shape), strict=True):
         state = "start"
         for position, u in enumerate(uniforms):
-            if state is None:
-                break
-            edges, tokens, after = arcs[state]
-            choice = min(bisect.bisect(edges, u), len(tokens) - 1)  # a sum can round to below 1
-            row[position] = tokens[choice]
-            state = after[choice]
+            word = list(grammar()[state])[bisect.bisect(edges[state], u)]
+            row[position] = index[word]
+            state = grammar()[state][word][1]
     return rows
 
 
@@ -609,30 +514,27 @@ def grammar_split(args):
     args.seq_len = grammar_longest()
     vocab = grammar_words()
     tokenizer = dict(tokenizer="grammar", vocab_size=len(vocab), bos_id=None, eos_id=1, pad_id=0)
-    tokenizer.update(vocab=vocab, join=" ")
-    return tokenizer, [grammar_rows(50_000, [args.seed, 0])], [grammar_rows(5_000, [args.seed, 1])]
+    tokenizer |= dict(vocab=vocab, join=" ")
+    draws = [grammar_rows(50_000, [args.seed, 0]), grammar_rows(5_000, [args.seed, 1])]
+    return tokenizer, [[rows] for rows in draws]
 
 
 def main():
     args = parse_args()
     if (args.out / "meta.json").exists() and not args.force:
-        found = read_meta(args.out)
+        was = read_meta(args.out).get("settings", {})
         for key, asked in args.settings.items():
-            was = found.get("settings", {}).get(key)
-            if asked != was:
-                there = f"{args.out} is already there with {key} {was}, not {asked}"
-                raise SystemExit(f"{there}; --force replaces it, --out names another folder")
+            if asked != was.get(key):
+                found = f"{args.out} is already there with {key} {was.get(key)}, not {asked}"
+                raise SystemExit(f"{found}; --force replaces it, --out names another folder")
         print(f"{args.out} is already there; --force makes it again")
         return
     args.out = args.out.resolve()
     meta = prepare(args)
-    print(
-        f"{args.out}: {meta['train_rows']:,} training and {meta['val_rows']:,} validation rows "
-        f"of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}"
-    )
+    rows = f"{meta['train_rows']:,} training and {meta['val_rows']:,} validation rows"
+    print(f"{args.out}: {rows} of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}")
     if args.name == "grammar":
-        words = meta["vocab_size"] - 2  # the padding and the full stop are not words
-        print(f"the grammar has {words} words and {grammar_entropy():.3f} nats a sentence")
+        print(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
 
 
 if __name__ == "__main__":

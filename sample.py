@@ -5,11 +5,10 @@
     python sample.py --checkpoint runs/owt-diagonal --nfe 64          # stage 1: Euler steps
     python sample.py --nfe 8 --gamma 1 --output samples.jsonl         # renoise between jumps
     python sample.py --prompt "In 1969" --nfe 8 --guidance 1.5        # trained with --context any
-    python sample.py --infill "some [MASK] near the [MASK]"           # with --context scatter
+    python sample.py --infill "some[MASK] near the[MASK]"             # with --context scatter
 
-Reads a checkpoint of either stage, or a run's folder. Prints the text and, with --output, writes
-it: one {"text": ...} a line to a .jsonl, or token ids (samples, L) to a .npy. The state stays in
-the embedding: y of shape (B, L, D), not (B, L, V).
+Prints the text and, with --output, writes it: one {"text": ...} a line to a .jsonl, or token ids
+(samples, L) to a .npy. The state stays in the embedding: y of shape (B, L, D), not (B, L, V).
 """
 
 import argparse
@@ -44,13 +43,11 @@ def generate(
 ):
     """Tokens (B, L), int64, from standard normals xi (B, L, model.noise_size), in `nfe` jumps.
 
-    The flow map jumps along the schedule's grid: X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50).
-    The last jump ends at data, where X_s1 = psi_s1: the sample is the most probable tokens of psi.
+    A jump is X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The last one ends at data, where
+    X_s1 = psi_s1: the sample is the most probable tokens of psi.
 
-    euler: use psi_ss for psi_st, which is all that a diagonal can do. On the linear path that is
-        Euler's method for the drift (52), x + (t - s) b_s(x).
-    gamma: in [0, 1], renoises between jumps: 0 is the flow map alone, 1 jumps to data each time
-        (multistep consistency sampling).
+    euler: psi_ss for psi_st, as a diagonal can do; on the linear path Euler's method on (52).
+    gamma: in [0, 1], renoises between jumps; 1 jumps to data each time (multistep consistency).
     temperature: T > 0 draws tokens from psi^(1/T) of the last jump instead.
     guidance: see `branches`.
     normal(): returns fresh normals like xi, for gamma and temperature.
@@ -80,8 +77,7 @@ def generate(
 def jump_times(model, nfe, gamma, like):
     """Times (s, over, t) of each jump, (B, 1 or L) each: from s to `over`, then `renoise` to t.
 
-    The grid is uniform in progress, and a jump to tau overshoots to tau + gamma (1 - tau); for
-    gamma = 0, over = t. The last jump ends at progress LAST = 0.9999 (model.py): for us, data.
+    The grid is uniform in progress; a jump to tau overshoots to tau + gamma (1 - tau).
     """
     tau = torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]
     grid = model.times(tau).to(like.device, like.dtype)
@@ -93,9 +89,8 @@ def jump_times(model, nfe, gamma, like):
 def branches(model, guidance):
     """Pairs (weight, network) whose mix is psi_0 + guidance (psi_c - psi_0) (section 4.2).
 
-    psi_c is given the context of a `Conditional` model, psi_0 is not. The drift is affine in psi
-    and the weights sum to 1, so mixing denoisers guides the drift exactly. Mixing two flow maps
-    agrees with the flow of the guided drift for short jumps only.
+    psi_0 ignores the context of a `Conditional` model. The drift is affine in psi, so mixing
+    denoisers guides it exactly; mixing flow maps agrees with that for short jumps only.
     """
     if guidance == 1:
         return [(1.0, model)]
@@ -107,9 +102,8 @@ def branches(model, guidance):
 def renoise(model, y, u, t, xi):
     """A state y at time u -> one at an earlier time t: a y + sqrt(alpha_t^2 - a^2 alpha_u^2) x0 W.
 
-    x0 W is fresh noise and a = beta_t / beta_u. Given x1, the result has the law of the path at t
-    if y has it at u.
-    xi: standard normals (B, L, noise_size).
+    a = beta_t / beta_u, x0 W is fresh noise from normals xi (B, L, noise_size). Given x1, the
+    result has the law of the path at t if y has it at u.
     """
     path = model.path
     a = path.beta(t) / path.beta(u)
@@ -121,8 +115,8 @@ def renoise(model, y, u, t, xi):
 def choose(head, hidden, temperature=0.0, uniform=None):
     """Tokens (B, L) of psi = sum of weight * softmax(h @ head.T) over the pairs in `hidden`.
 
-    The most probable ones or, with temperature T > 0, draws from psi^(1/T), scaled to sum to 1,
-    where the running sum passes `uniform` (B L,) in [0, 1]. A psi below 0 counts as 0.
+    The most probable ones or, with temperature T > 0, draws from psi^(1/T) by `uniform` (B L,)
+    in [0, 1]. A psi below 0 counts as 0.
     """
     weights = [weight for weight, _ in hidden]
     tokens = []
@@ -146,18 +140,24 @@ def choose(head, hidden, temperature=0.0, uniform=None):
 
 def write_rows(model, B, normal, **how):
     """Tokens (B, L): whole rows."""
-    L = model.config.seq_len
-    return generate(model, normal(L), normal=functools.partial(normal, L), **how)
+    fresh = functools.partial(normal, model.config.seq_len)
+    return generate(model, fresh(), normal=fresh, **how)
+
+
+def write_block(model, keys, positions, normal, guidance, **how):
+    """Tokens (B, n) at positions (n,), given the `keys` of a context or None."""
+    fresh = functools.partial(normal, len(positions))
+    how["guidance"] = guidance if keys else 1.0
+    return generate(model.given(keys, positions), fresh(), normal=fresh, **how)
 
 
 @torch.no_grad()
 def continue_text(model, tokens, length, block_size, normal, guidance=1.0, window=None, **how):
     """Extend a prompt (B, p), p >= 0, block by block to `length` tokens: int64 (B, length).
 
-    Each block is generated given everything before it. Keys and values are computed once for the
-    prompt and once for each finished block. When the text outgrows the window (default: the model's
-    L positions) it slides, and each block encodes its context again: the latest tokens that leave
-    the block room.
+    Keys and values are computed once for the prompt and each finished block, until the text
+    outgrows the window (default: the model's L). Then it slides, and each block encodes its context
+    again: the latest tokens that leave it room.
     """
     window = window or model.config.seq_len
     start = 0  # where the window begins
@@ -173,13 +173,7 @@ def continue_text(model, tokens, length, block_size, normal, guidance=1.0, windo
             keys = model.encode(tokens[:, encoded:], before=keys)
             encoded = written
         positions = torch.arange(written - start, written - start + n, device=tokens.device)
-        block = generate(
-            model.given(keys, positions),
-            normal(n),
-            normal=functools.partial(normal, n),
-            guidance=guidance if keys else 1.0,
-            **how,
-        )
+        block = write_block(model, keys, positions, normal, guidance, **how)
         tokens = torch.cat([tokens, block], 1)
     return tokens
 
@@ -190,22 +184,13 @@ def fill_in(model, tokens, given, normal, guidance=1.0, **how):
     places = given.nonzero().squeeze(1)
     gaps = (~given).nonzero().squeeze(1)
     keys = model.encode(tokens[:, places], places) if len(places) else None
-    n = len(gaps)
-    block = generate(
-        model.given(keys, gaps),
-        normal(n),
-        normal=functools.partial(normal, n),
-        guidance=guidance if keys else 1.0,
-        **how,
-    )
-    return tokens.index_copy(1, gaps, block)
+    return tokens.index_copy(1, gaps, write_block(model, keys, gaps, normal, guidance, **how))
 
 
 def draw_samples(model, nfe, count, batch_size, seed, dtype="float32", write=write_rows, **how):
-    """`count` samples in batches: token ids, int64 numpy (count, L).
+    """`count` samples: token ids, int64 numpy (count, L). Sample i depends only on (seed, i).
 
-    Sample i depends only on (seed, i). write(model, B, normal, **how) makes a batch of B.
-    how: arguments of `generate`.
+    write(model, B, normal, **how) makes a batch of B. how: arguments of `generate`.
     """
     device = model.head.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -242,24 +227,21 @@ def sampling_flags(parser, count, several=False):
     add("--num-samples", type=positive, default=count, help="sequences for each NFE")
     add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
     add("--seed", type=int, default=0, help="seed of the noise")
-    text = "renoise between jumps: 0 never, 1 fully (multistep consistency sampling)"
-    add("--gamma", type=fraction, help=text, **knob)
-    text = "draw tokens from the last psi at this temperature; 0: the most probable ones"
-    add("--temperature", type=float, help=text, **knob)
+    add("--gamma", type=fraction, help="renoise between jumps: 0 never, 1 fully", **knob)
+    add("--temperature", type=float, help="draw tokens from psi^(1/T); 0: most probable", **knob)
     machine_flags(parser)
 
 
 def check_context(args, checkpoint):
     """SystemExit if the model cannot do what --prompt, --infill or --guidance ask for."""
     trained = checkpoint["args"].get("context")
-    if args.prompt is None and args.infill is None:
-        if args.guidance != 1 or args.block_size or args.length:
-            raise SystemExit("--guidance, --block-size and --length need --prompt or --infill")
-    elif args.infill is not None and (trained != "scatter" or args.block_size or args.length):
-        found = f"{args.checkpoint} was trained with --context {trained}"
+    found = f"{args.checkpoint} was trained with --context {trained}"
+    blocks = args.block_size or args.length
+    if args.prompt is None and args.infill is None and (args.guidance != 1 or blocks):
+        raise SystemExit("--guidance, --block-size and --length need --prompt or --infill")
+    if args.infill is not None and (trained != "scatter" or blocks):
         raise SystemExit(f"--infill needs scatter, without --block-size and --length; {found}")
-    elif args.prompt is not None and trained not in ("any", "block"):
-        found = f"{args.checkpoint} was trained with --context {trained}"
+    if args.prompt is not None and trained not in ("any", "block"):
         raise SystemExit(f"--prompt needs --context any or block; {found}")
     if args.guidance != 1 and not checkpoint["args"]["context_dropout"]:
         raise SystemExit(f"--guidance: {args.checkpoint} was trained with --context-dropout 0")
@@ -282,9 +264,8 @@ def prompt_writer(args, meta, block_size):
         raise SystemExit(f"--length {length} is beyond L = {L}: give a --block-size below {window}")
 
     def write(model, B, normal, **how):
-        prompt = tokens.to(model.head.device).expand(B, -1)
-        how |= {"guidance": args.guidance, "window": window}
-        return continue_text(model, prompt, length, size, normal, **how)
+        rows = tokens.to(model.head.device).expand(B, -1)
+        return continue_text(model, rows, length, size, normal, args.guidance, window=window, **how)
 
     return write
 
@@ -294,23 +275,17 @@ def infill_writer(args, meta):
     L = meta["seq_len"]
     tokens = [] if meta["bos_id"] is None else [meta["bos_id"]]
     encode = encoder(meta)
-    masks = []
-    for k, piece in enumerate(args.infill.split("[MASK]")):
-        if k > 0:
-            masks.append(len(tokens))
-            tokens.append(0)  # any token: it is not read
-        tokens += encode(piece)
-    if not masks or len(tokens) > L:
-        found = f"--infill has {len(tokens)} tokens and {len(masks)} [MASK]"
-        raise SystemExit(f"{found}; expected one mask or more and at most {L} tokens")
-    row = torch.tensor(tokens + [0] * (L - len(tokens)))
-    given = torch.arange(L) < len(tokens)
-    given[masks] = False
+    for piece in args.infill.split("[MASK]"):
+        tokens += [*encode(piece), -1]  # -1: a token to write
+    tokens.pop()  # after the last piece there is no [MASK]
+    if -1 not in tokens or len(tokens) > L:
+        found = f"{len(tokens)} tokens and {tokens.count(-1)} [MASK]"
+        raise SystemExit(f"--infill: expected at most {L} tokens and a [MASK], found {found}")
+    row = torch.tensor(tokens + [-1] * (L - len(tokens)))
 
     def write(model, B, normal, **how):
-        device = model.head.device
-        row_copies = row.to(device).expand(B, L)
-        return fill_in(model, row_copies, given.to(device), normal, args.guidance, **how)
+        rows = row.to(model.head.device).expand(B, L)
+        return fill_in(model, rows, rows[0] >= 0, normal, args.guidance, **how)
 
     return write
 
@@ -324,26 +299,19 @@ def check_output(flag, path, suffixes):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=Help, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    default = Path("runs/owt-esd")
-    add("--checkpoint", type=Path, default=default, help="a checkpoint or a run's folder")
-    text = ".jsonl of texts or .npy of ids; -NFE is added to the name if several --nfe are given"
-    add("--output", type=Path, help=text)
+    add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
+    add("--output", type=Path, help="a .jsonl of texts or .npy of ids; NAME-NFE if several --nfe")
     group = parser.add_argument_group("prompts")
     either = group.add_mutually_exclusive_group()
-    text = "write on from here; for a model trained with --context any or block"
-    either.add_argument("--prompt", help=text)
-    text = "keep this text, write one token for each [MASK], and what follows; with GPT-2's tokens "
-    text += "put no space before [MASK]: it belongs to the hidden token"
+    either.add_argument("--prompt", help="write on from here; needs --context any or block")
+    text = "keep this text, fill each [MASK] and the rest; with GPT-2 tokens no space before [MASK]"
     either.add_argument("--infill", help=text)
     add = group.add_argument
     add("--length", type=positive, help="tokens in all, prompt included (default: the model's L)")
     add("--block-size", type=positive, help="tokens written at once (default: as trained)")
-    text = "weight of the context: 0 ignores it, 1 is plain, above 1 exaggerates"
-    add("--guidance", type=float, default=1.0, help=text)
+    add("--guidance", type=float, default=1.0, help="weight of the context; 0 ignores it")
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
@@ -352,15 +320,13 @@ def main():
     model, checkpoint, euler = load_sampler(args.checkpoint, args.device)
     meta = checkpoint["meta"]
     check_context(args, checkpoint)
-    how = {"euler": euler, "gamma": args.gamma, "temperature": args.temperature}
+    how = dict(euler=euler, gamma=args.gamma, temperature=args.temperature, dtype=args.dtype)
     if args.prompt is not None:
         how["write"] = prompt_writer(args, meta, checkpoint["args"]["block_size"])
     elif args.infill is not None:
         how["write"] = infill_writer(args, meta)
     for nfe in args.nfe:
-        rows = draw_samples(
-            model, nfe, args.num_samples, args.batch_size, args.seed, args.dtype, **how
-        )
+        rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, **how)
         texts = [decode(meta, row) for row in rows]
         if args.output:
             stem = args.output.stem + (f"-{nfe}" if len(args.nfe) > 1 else "")

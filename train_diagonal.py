@@ -8,14 +8,12 @@
 Reads data/DATA, made by prepare_data.py. Writes runs/DATA-diagonal/: config.json (flags, command
 line, versions), flags.txt, log.jsonl (one object a line) and checkpoint-STEP.pt.
 
-The objective comes first. Below it is the one training loop, which distill.py uses with another
-objective. An objective is a function
+The objective comes first, then the one training loop, which distill.py uses with another objective:
 
     objective(model, tokens, draw) -> ({name: loss}, {name: scalar})
 
-of tokens (B, L) and a `Draw` of random numbers. The losses are in order of priority: the loop adds
-them or, under gradient surgery, removes from each later gradient what conflicts with the earlier
-ones. The scalars are detached means for the log.
+of tokens (B, L) and a `Draw`. The loop adds the losses or, under gradient surgery, removes from
+each gradient what conflicts with earlier losses. The scalars are detached means for the log.
 """
 
 import argparse
@@ -24,6 +22,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -78,11 +77,9 @@ def cross_entropy(z, tokens):
 def diagonal(model, tokens, draw, power=0.5, target=None):
     """Cross-entropy of psi_tt(x_t) against the clean token (21, 22), weighted by (45), c = 0.01.
 
-    power: the exponent r of (45). Only for r = 0 does the expected gradient vanish at E[x1 | x_t]:
-    the weight depends on the token drawn, and the paper's r = 0.5 favours likely tokens, which
-    makes samples sharper and less varied.
-    target: a function of states y (B, L, D) and times t that returns a `Divergence` to minimise
-    instead of the cross-entropy.
+    power: the exponent r of (45). Only r = 0 learns E[x1 | x_t]: the weight depends on the token
+    drawn, and the paper's r = 0.5 favours likely ones, so samples are sharper and less varied.
+    target: a function of y (B, L, D) and t, returning a `Divergence` to minimise instead.
     """
     B, L = tokens.shape
     tau = draw.uniform(1)
@@ -90,15 +87,9 @@ def diagonal(model, tokens, draw, power=0.5, target=None):
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, t)  # (B, L, D)
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
-    if target is None:
-        name = "diagonal_ce"
-        divergence = Divergence(cross_entropy, (tokens.flatten(),))
-    else:
-        name = "diagonal_kl"
-        divergence = target(y, t)
-    loss, report = head_loss(
-        h, model.head, scale, divergence, c=0.01, r=power, compiled=model.compiled
-    )
+    name = "diagonal_kl" if target else "diagonal_ce"
+    divergence = target(y, t) if target else Divergence(cross_entropy, (tokens.flatten(),))
+    loss, report = head_loss(h, model.head, scale, divergence, 0.01, power, model.compiled)
     return {"diagonal": loss}, {name: report["loss"].mean()}
 
 
@@ -107,11 +98,10 @@ def diagonal(model, tokens, draw, power=0.5, target=None):
 
 
 def draw_contexts(tokens, draw, args):
-    """For each row of tokens (B, L): the length of its context, and its block.
+    """(context (B,), start (B,), length (B,), order (B, L)) for rows of tokens (B, L).
 
-    Returns (context (B,), start (B,), length (B,), order (B, L)). `order` lists a row's positions:
-    the first `context` of them are its context, those from `start` to `start + length` its block.
-    context is `start`, or 0 for the share of rows that learn without one.
+    `order` lists a row's positions. The first `context` of them are its context: `start`, or 0 if
+    dropped. Those from `start` to `start + length` are its block.
     """
     B, L = tokens.shape
     size = args.block_size or L
@@ -119,10 +109,8 @@ def draw_contexts(tokens, draw, args):
     # All rows share one random offset, so a step has only four context lengths, L / 4 apart, and
     # rows with equal lengths run as one batch.
     place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
-    if args.context == "block":
-        start = (place * (L // size)).long() * size
-    else:
-        start = (place * L).long()
+    unit = size if args.context == "block" else 1
+    start = (place * (L // unit)).long() * unit
     context = torch.where(drop < args.context_dropout, 0, start)
     length = (L - start).clamp(max=size)
     order = torch.arange(L, device=tokens.device).expand(B, L)
@@ -136,11 +124,9 @@ def draw_contexts(tokens, draw, args):
 def by_context(loss, networks, tokens, draw, args):
     """loss(*networks, tokens, draw), or under --context its mean over rows of blocks and contexts.
 
-    Each row (L,) gives a clean context of random length, and the network learns the block of
-    args.block_size tokens after it. args.context is "block" (whole blocks as context), "any" (any
-    number of tokens) or "scatter" (any set of positions; the block is all others, for infilling).
-    Rows of the same lengths go through the networks together, so no mask is needed and the fused
-    attention kernels serve.
+    A row's context is whole blocks ("block"), any number of tokens ("any") or any set of positions
+    ("scatter", where all others are the block: infilling). Rows of equal lengths run together, so
+    no mask is needed and the fused attention kernels serve.
     """
     if not args.context:
         return loss(*networks, tokens, draw)
@@ -155,13 +141,12 @@ def by_context(loss, networks, tokens, draw, args):
         columns = start[mask, None] + torch.arange(n)
         block = places.gather(1, columns.to(tokens.device, non_blocking=True))  # positions (b, n)
         clean = part.gather(1, places[:, :c])
-        conditional = {}
-        for network in networks:
-            if network not in conditional:  # the teacher may be the student
-                keys = network.encode(clean, places[:, :c]) if c else None
-                conditional[network] = network.given(keys, block)
-        given = [conditional[network] for network in networks]
-        found = loss(*given, part.gather(1, block), draw.part(mask.numpy()))
+        given = {}
+        for network in dict.fromkeys(networks):  # the teacher may be the student
+            keys = network.encode(clean, places[:, :c]) if c else None
+            given[network] = network.given(keys, block)
+        views = [given[network] for network in networks]
+        found = loss(*views, part.gather(1, block), draw.part(mask.numpy()))
         share = mask.sum().item() / len(tokens)  # every row counts the same
         for whole, values in zip((losses, scalars), found, strict=True):
             add_to(whole, {name: share * value for name, value in values.items()})
@@ -180,13 +165,12 @@ def epoch_order(seed, epoch, rows):
 
 def take_rows(rows, vocab_size, seed, positions):
     """Tokens int64 (n, L) at positions (n,) of the endless sequence of shuffled epochs."""
-    epochs, places = np.divmod(positions, len(rows))
-    orders = (epoch_order(seed, int(epoch), len(rows)) for epoch in epochs)
-    index = [order[place] for order, place in zip(orders, places, strict=True)]
+    places = zip(*np.divmod(positions, len(rows)), strict=True)
+    index = [epoch_order(seed, int(epoch), len(rows))[place] for epoch, place in places]
     tokens = rows[index].astype(np.int64)
     if tokens.max() >= vocab_size:
-        found = f"the data hold token {tokens.max()}, the vocabulary ends at {vocab_size - 1}"
-        raise SystemExit(f"{found}; prepare them again with prepare_data.py --force")
+        found = f"the data hold token {tokens.max()}, beyond the vocabulary"
+        raise SystemExit(f"{found}: make them again with prepare_data.py --force")
     return torch.from_numpy(tokens)
 
 
@@ -195,7 +179,7 @@ def take_rows(rows, vocab_size, seed, positions):
 
 
 def backward(root, leaves, found, gradient=None, retain_graph=False):
-    """Gradients of `root` with respect to the leaves, added to the list `found` (None: none)."""
+    """The gradients of `root` in the leaves, added to those in `found` (None: none yet)."""
     for leaf, grad in zip(leaves, found, strict=True):
         leaf.grad = grad
     # Autocast off: each product goes back in the precision it had.
@@ -207,12 +191,11 @@ def backward(root, leaves, found, gradient=None, retain_graph=False):
 def gradients(params, objective, model, batches, surgery):
     """Gradients of one step: (list like params, {name: mean scalar}), the same on every rank.
 
-    batches: a list of (tokens, draw), the micro-batches of this rank. Losses are averaged over
-    micro-batches and ranks, then added. Under surgery (PSD) the gradient of each loss is averaged
-    first, and then loses its component along an earlier one's if the two conflict.
+    batches: this rank's micro-batches, a list of (tokens, draw). Each loss is averaged over all
+    micro-batches and ranks before the losses are added or, under surgery, projected.
     """
-    # The noise factor is computed once a step. Micro-batches see a detached copy; the gradient that
-    # they leave on it is sent back through the factor once, at the end.
+    # The noise factor is computed once a step. Micro-batches see a detached copy, and the gradient
+    # that they leave on it goes back through the factor once, at the end.
     held = model.held_factor
     factor = model.noise_factor()
     model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
@@ -239,9 +222,7 @@ def gradients(params, objective, model, batches, surgery):
     model.held_factor = held
     parts = list(found.values())
     if surgery:
-        conflicts = []
-        for k, later in enumerate(parts):
-            conflicts += [project(earlier, later) for earlier in parts[:k]]
+        conflicts = [project(*pair) for pair in itertools.combinations(parts, 2)]
         scalars["conflict"] = torch.stack(conflicts).amax()
     for later in parts[1:]:
         torch._foreach_add_(parts[0], later)
@@ -257,24 +238,21 @@ def add_to(sums, values):
 def average(tensors):
     """Replace tensors by their mean over all ranks, in place.
 
-    By hand, not by DistributedDataParallel: a step makes several forward passes, and surgery needs
-    two averaged gradients before it adds them.
+    Not DistributedDataParallel: surgery needs two averaged gradients before it adds them.
     """
     if dist.is_initialized():
         flat = torch.cat([t.flatten() for t in tensors])  # one message, not one per parameter
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         parts = flat.split([t.numel() for t in tensors])
-        parts = [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
-        torch._foreach_copy_(tensors, parts)
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
     return tensors
 
 
 def project(first, second):
     """Gradient surgery: if <second, first> < 0, remove from `second` its part along `first`.
 
-    Both are lists of tensors over all parameters; `second` is changed in place. Returns 1.0 if
-    there was a conflict, else 0.0.
+    Both are lists over all parameters. In place; returns 1.0 if there was a conflict, else 0.0.
     """
     inner = torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
     square = torch.stack([a.square().sum() for a in first]).sum()
@@ -292,10 +270,9 @@ SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run toler
 def train(args, ranks, model, ema, objective, meta, passes):
     """Train `model` on args.data by `objective` up to args.steps steps, and write args.out.
 
-    ranks: what `start_ranks` returned. ema: a copy of the model, which becomes its moving average.
-    passes: forward passes of the network that one row costs, for the FLOP count (a backward pass
-    counts as two). With args.resume the run continues from its newest checkpoint as if it had never
-    stopped. SIGTERM and SIGINT save and end it after the current step.
+    ranks: from `start_ranks`. ema: a copy of the model, which becomes its moving average. passes:
+    forward passes that a row costs, a backward pass counting as two. Resuming changes no number.
+    SIGTERM and SIGINT save and end the run after the current step.
     """
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
@@ -303,7 +280,8 @@ def train(args, ranks, model, ema, objective, meta, passes):
     ema.to(device).requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    start = restore(args, model, ema, optimizer, meta) if args.resume else 0
+    saved = {"model": model, "ema": ema, "optimizer": optimizer}
+    start = restore(args, saved, meta) if args.resume else 0
     check_ranks_agree(start, meta, args)
     if rank == 0:
         write_config(args, start)
@@ -337,8 +315,7 @@ def train(args, ranks, model, ema, objective, meta, passes):
         warm = (step + 1) / max(1, args.warmup)
         cool = (args.steps - step) / max(1, args.cooldown)
         lr = args.lr * min(1, warm, cool)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
 
         batches = on_device(next_tokens.result(), args.seed, step)
         next_tokens = reader.submit(load, "train", args.seed, step + 1)  # read ahead
@@ -350,7 +327,6 @@ def train(args, ranks, model, ema, objective, meta, passes):
 
         # Fused Adam changes nothing when found_inf is 1: a bad step is skipped without a sync.
         finite = scalars["grad_norm"].isfinite()
-        optimizer.grad_scale = None
         optimizer.found_inf = (~finite).float()
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))  # a short run's average is useful too
@@ -360,9 +336,8 @@ def train(args, ranks, model, ema, objective, meta, passes):
 
         done = step + 1
         stopping = any_rank(stop)
-        last = done == args.steps or stopping
         validate = done % args.val_every == 0 or done == args.steps
-        save = done % args.save_every == 0 or last
+        save = done % args.save_every == 0 or done == args.steps or stopping
         if not (validate or save or done % args.log_every == 0):
             continue
         extra = {"lr": lr} | log.speed()
@@ -376,16 +351,9 @@ def train(args, ranks, model, ema, objective, meta, passes):
             extra |= {f"val_{name}": value for name, value in scores.items()}
         log.write(done, extra)  # ends the run if too many steps were skipped
         if save and rank == 0:
-            content = {
-                "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": done,
-                "model_config": asdict(model.config),
-                "meta": meta,
-                "args": plain(args),
-            }
-            save_checkpoint(args.out, content, args.keep)
+            content = {name: part.state_dict() for name, part in saved.items()}
+            content |= {"step": done, "model_config": asdict(model.config)}
+            save_checkpoint(args.out, content | {"meta": meta, "args": plain(args)}, args.keep)
         log.reset()  # the time for validating and saving is not a step's
         if stopping:
             log.say(f"stopped by a signal after step {done:,}, which is saved; --resume continues")
@@ -401,8 +369,7 @@ def catch_signals():
 
     def handler(number, frame):
         caught.append(number)
-        # A second signal ends the process at once, except under torchrun, which forwards to each
-        # rank a signal that the terminal or scheduler may have sent it already.
+        # A second one kills, but torchrun may forward a signal that its ranks have got already.
         if "RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
 
@@ -421,8 +388,7 @@ def any_rank(flag):
 
 def means(sums, count):
     """{name: a number} from {name: a sum on the device}, averaged over ranks: one transfer."""
-    values = torch.stack([value.float() for value in sums.values()])
-    (values,) = average([values])
+    (values,) = average([torch.stack([value.float() for value in sums.values()])])
     return dict(zip(sums, (values / count).tolist(), strict=True))
 
 
@@ -434,33 +400,24 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  #
 
 def flops_per_row(model, L):
     """FLOPs of one forward pass over one row: 2 per weight and token, and attention's 4 L D."""
-    config = model.config
-    weights = sum(
-        p.numel()
-        for name, p in model.blocks.named_parameters()
-        if p.ndim == 2 and "modulation" not in name  # the modulation acts once a row, not a token
-    )
-    attention = 4 * config.layers * L * config.width
-    return L * (2 * (weights + model.head.numel()) + attention)
+    # The modulation acts once a row, not on every token.
+    blocks = [p for name, p in model.blocks.named_parameters() if "modulation" not in name]
+    weights = sum(p.numel() for p in [*blocks, model.head] if p.ndim == 2)
+    return L * (2 * weights + 4 * model.config.layers * L * model.config.width)
 
 
 class Log:
-    """Means since the last line, to log.jsonl and the terminal. Only rank 0 writes.
-
-    The sums stay on the device; reading them for a line is all that waits for it.
-    """
+    """Means since the last line, to log.jsonl and the terminal. The sums stay on the device."""
 
     def __init__(self, args, ranks, start, flops, seq_len):
         self.args = args
         self.flops = flops
         self.seq_len = seq_len
         self.rank, self.world, self.device = ranks
-        show_bar = self.rank == 0 and sys.stderr.isatty()
-        self.bar = tqdm(initial=start, total=args.steps, disable=not show_bar, unit="step")
-        self.say(
-            f"{args.out}: steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} "
-            f"tokens, on {self.world} x {self.device.type}, {args.dtype}"
-        )
+        hidden = self.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(initial=start, total=args.steps, disable=hidden, unit="step")
+        work = f"steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens"
+        self.say(f"{args.out}: {work}, on {self.world} x {self.device.type}, {args.dtype}")
         if args.warmup + args.cooldown > args.steps:
             self.say("--warmup and --cooldown exceed --steps: the learning rate stays below --lr")
         self.streak = torch.zeros((), device=self.device)  # bad steps in a row, up to now
@@ -481,18 +438,16 @@ class Log:
         add_to(self.sums, kept | {"skipped": (~finite).float()})
 
     def write(self, done, extra):
-        """Write one line. SystemExit if more than SKIP_LIMIT steps in a row were not finite."""
+        """Write a line, from rank 0. SystemExit after more than SKIP_LIMIT bad steps in a row."""
         sums = means(self.sums | {"streak": self.streak}, 1)
         streak = sums.pop("streak")
         if streak > SKIP_LIMIT:
             bad = [name for name, value in means(self.latest, 1).items() if not np.isfinite(value)]
-            found = f"{bad[0]} is not finite at step {done}, the last {streak:.0f} were skipped"
-            raise SystemExit(f"{found}: --resume the last checkpoint with a lower --lr or --clip")
+            found = f"{bad[0]} is not finite at step {done} and {streak - 1:.0f} before"
+            raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
         skipped = sums.pop("skipped")
         good = self.steps - skipped
-        line = {"step": done}
-        if good:
-            line |= {name: value / good for name, value in sums.items()}
+        line = {"step": done} | {name: value / good for name, value in sums.items() if good}
         if skipped:
             line["skipped"] = skipped
         line |= extra
@@ -509,21 +464,18 @@ class Log:
         self.say(f"step {done:,}/{self.args.steps:,}  " + "  ".join([*numbers, left]))
 
     def speed(self):
-        """Seconds a step, tokens a second, peak memory in GB, and on known GPUs the MFU.
-
-        The first line of a run includes the time for compilation.
-        """
+        """Time since `reset`, compilation included, peak memory, and on known GPUs the MFU."""
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        gpu = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+            gpu = torch.cuda.get_device_name()
         seconds = (time.perf_counter() - self.clock) / self.steps
         rows = self.args.batch_size / seconds
         out = {"seconds_per_step": seconds, "tokens_per_second": rows * self.seq_len}
-        if self.device.type != "cuda":
-            unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            return out | {"peak_memory_gb": peak / 1e9}
-        out["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        gpu = torch.cuda.get_device_name()
+        out["peak_memory_gb"] = peak / 1e9
         for name, flops in PEAK_FLOPS.items():
             if name in gpu and not self.args.context:  # contexts cost less than whole rows
                 out["mfu"] = rows * self.flops / (flops * self.world)
@@ -551,9 +503,10 @@ def start_ranks(args):
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         # At exit, so that after a failure this rank's own message is printed first.
         atexit.register(dist.destroy_process_group)
-    if args.batch_size % (world * args.micro_batch):
-        found = f"{world} ranks x --micro-batch {args.micro_batch}"
-        raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of {found}: change one")
+    rows = world * args.micro_batch
+    if args.batch_size % rows:
+        found = f"--batch-size {args.batch_size} is not a multiple of {rows}"
+        raise SystemExit(f"{found}, the ranks x --micro-batch: change one")
     return rank, world, device
 
 
@@ -569,37 +522,30 @@ MAY_CHANGE = set(
 )
 
 
-def settings(args):
-    """What defines a run: the flags that --resume may not change."""
-    return {key: value for key, value in plain(args).items() if key not in MAY_CHANGE}
-
-
 def check_ranks_agree(step, meta, args):
     """SystemExit if the ranks differ in step, data or flags: machines may not share their files."""
     if not dist.is_initialized():
         return
     folders = ("data", "out", "checkpoint")  # may be mounted elsewhere
     flags = {key: value for key, value in plain(args).items() if key not in folders}
-    own = repr((step, meta["sha256"], flags))
-    digest = float(int(hashlib.sha256(own.encode()).hexdigest()[:8], 16))
-    lowest = torch.tensor(digest, dtype=torch.float64)
-    highest = lowest.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    if lowest != highest:
+    text = repr((step, meta["sha256"], flags))
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+    total = torch.tensor(digest, dtype=torch.int64)
+    dist.all_reduce(total)
+    if total != digest * dist.get_world_size():
         raise SystemExit("the ranks differ in flags, data or step; give all the same, shared files")
 
 
-def restore(args, model, ema, optimizer, meta):
-    """Load the newest whole checkpoint of args.out into model, ema and optimizer; return its step.
+def restore(args, saved, meta):
+    """Load the newest whole checkpoint of args.out into the objects `saved`; return its step.
 
-    Raises SystemExit if it belongs to another model, data set or run than the flags describe.
+    Raises SystemExit if it belongs to another data set or run than the flags describe.
     """
     checkpoint = read_checkpoint(args.out)
     was = checkpoint["args"] | {"data set (sha256)": checkpoint["meta"]["sha256"]}
-    now = settings(args) | {"data set (sha256)": meta["sha256"]}
+    now = plain(args) | {"data set (sha256)": meta["sha256"]}
     for key, value in now.items():
-        if was.get(key) != value:
+        if key not in MAY_CHANGE and was.get(key) != value:
             found = f"{args.out} was trained with {key} {was.get(key)}, not {value}"
             raise SystemExit(f"{found}; resume with the same flags, or name another --out")
     if checkpoint["step"] >= args.steps:
@@ -607,17 +553,13 @@ def restore(args, model, ema, optimizer, meta):
     for key in ("steps", "lr", "warmup", "cooldown", "clip", "ema", "keep"):
         if was[key] != getattr(args, key):
             print(f"resuming with --{key} {getattr(args, key)}; it was {was[key]}", file=sys.stderr)
-    model.load_state_dict(checkpoint["model"], strict=True)
-    ema.load_state_dict(checkpoint["ema"], strict=True)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    for name, part in saved.items():
+        part.load_state_dict(checkpoint[name])
     return checkpoint["step"]
 
 
 def write_config(args, start):
-    """Write config.json (flags, versions, commit) and flags.txt (the command line) to args.out.
-
-    Of an existing log, keep the lines up to step `start`: the run writes the later ones again.
-    """
+    """Write config.json and flags.txt, and keep the lines up to step `start` of an old log."""
     args.out.mkdir(parents=True, exist_ok=True)
     commit = ""
     with contextlib.suppress(OSError):  # git may not be installed
@@ -627,22 +569,19 @@ def write_config(args, start):
     config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit}
     flags = []
     for argument in sys.argv[1:]:
-        replayed = argument.startswith("@")
-        flags += Path(argument[1:]).read_text().splitlines() if replayed else [argument]
+        replay = argument.startswith("@")
+        flags += Path(argument[1:]).read_text().splitlines() if replay else [argument]
+    flags = [flag for flag in flags if flag != "--resume"]
     log = args.out / "log.jsonl"
     kept = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, KeyError):  # a killed run may have cut a line short
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-    files = {
-        "config.json": [json.dumps(config, indent=1)],
-        "flags.txt": [flag for flag in flags if flag != "--resume"],
-        "log.jsonl": kept,
-    }
+    files = {"config.json": [json.dumps(config, indent=1)], "flags.txt": flags, "log.jsonl": kept}
     for name, lines in files.items():
         with replacing(args.out / name) as file:
-            file.write("".join(line + "\n" for line in lines))
+            file.writelines(line + "\n" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -657,7 +596,6 @@ def new_parser(prog, doc):
 
 def training_flags(parser, steps):
     """The flags that both stages share."""
-    yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("training").add_argument
     add("--data", type=Path, default=Path("data/owt"), help="data set made by prepare_data.py")
     add("--out", type=Path, help="folder to write (default: runs/DATA-STAGE)")
@@ -672,8 +610,7 @@ def training_flags(parser, steps):
     add("--ema", type=fraction, default=0.9999, help="decay per step of the averaged weights")
     add("--seed", type=int, default=0, help="seed of weights, row order, times and noise")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    text = "exponent r of the diagonal's adaptive weight (45); 0 is the plain loss"
-    add("--diagonal-power", type=fraction, default=0.5, help=text)
+    add("--diagonal-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
     add = parser.add_argument_group("logging").add_argument
     add("--log-every", type=positive, default=100, help="steps between lines of log.jsonl")
     add("--val-every", type=positive, default=5000, help="steps between validations")
@@ -681,42 +618,28 @@ def training_flags(parser, steps):
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
     add = parser.add_argument_group("speed and memory").add_argument
+    yes_no = argparse.BooleanOptionalAction
     add("--compile", action=yes_no, help="torch.compile (default: on cuda)")
-    text = "recompute each block in the backward pass: less memory, more time"
-    add("--activation-checkpointing", action="store_true", help=text)
+    add("--activation-checkpointing", action="store_true", help="recompute blocks to save memory")
     machine_flags(parser)
 
 
 def context_flags(parser):
     """The flags of conditional training, in both stages."""
     add = parser.add_argument_group("prompts").add_argument
-    text = (
-        "learn a block given a clean context: whole blocks (needs --block-size), any number of "
-        "tokens, or any set of positions"
-    )
+    text = "learn a block given whole clean blocks, any number of tokens, or any set of positions"
     add("--context", choices=["block", "any", "scatter"], help=text)
-    add(
-        "--block-size",
-        type=positive,
-        help="tokens written at once (default: all after the context)",
-    )
-    text = "share of rows that learn their block without the context, for guidance"
-    add("--context-dropout", type=fraction, default=0.1, help=text)
+    add("--block-size", type=positive, help="tokens written at once (default: all that follow)")
+    add("--context-dropout", type=fraction, default=0.1, help="share without it, for guidance")
 
 
 def model_flags(parser):
     """The flags that shape a network trained from scratch."""
     add = parser.add_argument_group("model").add_argument
     add("--size", choices=list(SIZES), default="base", help="base is the paper's 170M")
-    add(
-        "--schedule",
-        choices=["argmax", "linear"],
-        default="argmax",
-        help="distribution of times (36)",
-    )
+    add("--schedule", choices=["argmax", "linear"], default="argmax", help="how to draw times (36)")
     add("--schedule-blend", type=fraction, default=0.9, help="lambda of the argmax schedule")
-    text = "earlier positions first (38): the odds tau / (1 - tau) of the last position's progress "
-    text += "are exp(-LAG) times the first's"
+    text = "earlier positions first (38): the last one's odds of progress are exp(-LAG) the first's"
     add("--position-lag", type=float, default=0.0, metavar="LAG", help=text)
     add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
 
@@ -742,8 +665,7 @@ def check_run(args, seq_len):
     if size and args.context not in ("block", "any"):
         raise SystemExit(f"--block-size {size} needs --context block or any")
     if args.context == "block" and not (size and size < seq_len and seq_len % size == 0):
-        found = f"--context block cannot cut rows of {seq_len} tokens into blocks of {size}"
-        raise SystemExit(f"{found}; give a --block-size that divides them")
+        raise SystemExit(f"--context block needs a --block-size that divides {seq_len}, not {size}")
 
 
 def new_model(args, meta):
@@ -770,8 +692,7 @@ def main():
     def objective(model, tokens, draw):
         return by_context(loss, [model], tokens, draw, args)
 
-    ranks = start_ranks(args)
-    train(args, ranks, model, copy.deepcopy(model), objective, meta, passes=3)
+    train(args, start_ranks(args), model, copy.deepcopy(model), objective, meta, passes=3)
 
 
 if __name__ == "__main__":
