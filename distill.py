@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 distill.py --loss psd
     python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint            # both losses at once, from scratch
+    python distill.py --loss dmd --checkpoint runs/owt-psd    # then match the law of its samples
 
 Writes runs/DATA-LOSS/. Half of the rows go on learning the diagonal (21). The others learn one
 identity of the mean denoiser, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by its residual:
@@ -14,6 +15,9 @@ identity of the mean denoiser, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or
 
 delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C and kappa are in
 model.Interpolant. psi_ss or psi_tt comes from the frozen stage 1, or from the student if --joint.
+
+--loss dmd learns no identity: it moves the law of one-jump samples to that of the data, see
+`matching`. It is not in the paper, and starts from a flow map or from stage 1 itself.
 """
 
 import argparse
@@ -26,7 +30,17 @@ import numpy as np
 import torch
 
 import train_diagonal
-from model import Divergence, entropy, head_loss, load_model, lowered, softmax, weights_digest, wide
+from model import (
+    Divergence,
+    entropy,
+    head_loss,
+    load_model,
+    logit_chunks,
+    lowered,
+    softmax,
+    weights_digest,
+    wide,
+)
 from prepare_data import fraction, read_meta, same_tokens
 from train_diagonal import by_context, diagonal
 
@@ -250,6 +264,73 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     return {"consistency": total}, {name: value.mean() for name, value in report.items()}
 
 
+# ------------------------------------------------------------------------------------------------
+# Distribution matching (Simplex-DMD, arXiv 2609.40235; DMD, arXiv 2311.18828).
+
+RENOISED = 0.8  # the largest progress of a data row from which a jump to data is matched
+
+
+def matching(model, critic, stage1, tokens, draw, args):
+    """The reverse KL between renoised one-jump samples and renoised data, and the critic's loss.
+
+    The sample is the soft p = psi_s1(x_s), with s = 0 for a share args.boundary of the rows and
+    uniform progress up to RENOISED for the others. Renoised, it is y = alpha xi + beta p W. The
+    score of a law renoised like this is (beta psi W - y) / alpha^2, where psi is the posterior mean
+    of x1 under that law. So the KL's gradient on p is, up to a positive factor,
+
+        d = psi_critic(y) - psi_real(y)
+
+    with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(y)), for the
+    student's own law. d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
+    Where V > D the network sees x through W, and d is taken whole, not projected on W's span.
+    """
+    B, L = tokens.shape
+    start, edge, tau = draw.uniform(3)[:, :, None].unbind(1)
+    s = torch.where(edge < args.boundary, 0.0, RENOISED * start)
+    times = [model.times(v) for v in (s, torch.ones_like(s), tau)]
+    s, t, tau = (v.float().to(tokens.device, non_blocking=True) for v in times)
+    y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
+    h = model(y, s, t)
+    with torch.no_grad():
+        noise = model.embed_noise(draw.normal(L, model.noise_size))
+        sample = model.soft_embedding(h)
+        renoised = model.path.alpha(tau)[..., None] * noise
+        renoised = renoised + model.path.beta(tau)[..., None] * sample
+        h_real = stage1(renoised, tau, tau).flatten(0, 1)
+    h_critic = critic(renoised, tau, tau).flatten(0, 1)
+    h = h.flatten(0, 1)
+    size = torch.cat(
+        [
+            (softmax(z) - softmax(h_real[rows] @ lowered(stage1.head).T)).abs().sum(-1)
+            for rows, z in logit_chunks(h, model.head)
+        ]
+    )
+    size = size.view(B, L).mean(-1, keepdim=True).clamp(min=0.01).expand(B, L).flatten()
+    how = dict(c=1.0, r=0.0, compiled=model.compiled)
+    heads = lowered(stage1.head), lowered(critic.head)
+    gap = Divergence(denoisers_apart, (h_real, h_critic.detach()), heads)
+    loss, report = head_loss(h, model.head, 1 / (B * L * size), gap, **how)
+    own = Divergence(kl(instantaneous), (h.detach(),), (lowered(model.head),))
+    scale = torch.full_like(size, 1 / (B * L))
+    critic_loss, critic_report = head_loss(h_critic, critic.head, scale, own, **how)
+    scalars = {"matching_distance": report["distance"], "critic_kl": critic_report["loss"]}
+    scalars |= {"sample_entropy": critic_report["teacher_entropy"], "sample_gap": size}
+    losses = {"matching": loss, "critic": critic_loss}
+    return losses, {name: value.mean() for name, value in scalars.items()}
+
+
+def denoisers_apart(z, h_real, h_critic, real_head, critic_head):
+    """<sg[d], p> for p = softmax(z), d = psi_critic - psi_real; the gradient is p (d - <p, d>)."""
+    d = softmax(h_critic @ critic_head.T) - softmax(h_real @ real_head.T)
+    p = softmax(z)
+    loss = torch.linalg.vecdot(p, d)
+    return {"loss": loss, "distance": torch.linalg.vector_norm(d, dim=-1)}, p * (d - loss[:, None])
+
+
+# ------------------------------------------------------------------------------------------------
+# The diagonal in stage 2, and all rows together.
+
+
 def diagonal_from_stage1(model, stage1, tokens, draw, args):
     """The diagonal learned from stage 1: KL(sg[q] || psi_tt(x_t)) instead of (22).
 
@@ -282,8 +363,11 @@ def guided(z, h_c, h_0, guidance, head):
     return q / q.sum(-1, keepdim=True), {}
 
 
-def distillation(args, stage1=None):
-    """The objective of stage 2. stage1: the frozen network, or None where nothing needs it."""
+def distillation(args, stage1=None, critic=None):
+    """The objective of stage 2. stage1: the frozen network, or None where nothing needs it.
+
+    critic: the network that --loss dmd trains beside the student.
+    """
 
     def objective(model, tokens, draw):
         on_diagonal, index = spread(draw.rows, args.diagonal_share)
@@ -294,20 +378,27 @@ def distillation(args, stage1=None):
             loss = functools.partial(function, **how)
             return by_context(loss, networks, tokens[rows], draw.part(mask), args)
 
-        if args.diagonal_from == "stage1":
+        losses, scalars = {}, {}
+        if not on_diagonal.any():
+            pass
+        elif args.diagonal_from == "stage1":
             losses, scalars = on_rows(on_diagonal, diagonal_from_stage1, model, stage1, args=args)
         else:
             losses, scalars = on_rows(on_diagonal, diagonal, model, power=args.diagonal_power)
         others = ~on_diagonal & ~to_data
-        teacher = model if stage1 is None or args.loss == "psd" else stage1
-        more, report = on_rows(others, consistency, model, teacher, args=args, loss=args.loss)
+        if args.loss == "dmd":
+            more, report = on_rows(others, matching, model, critic, stage1, args=args)
+        else:
+            teacher = model if stage1 is None or args.loss == "psd" else stage1
+            more, report = on_rows(others, consistency, model, teacher, args=args, loss=args.loss)
         losses |= more
         scalars |= report
         if args.psd_share:
             how = dict(args=args, loss="psd", to_data=True)
             end, report = on_rows(to_data, consistency, model, model, **how)
-            rest = (1 - args.psd_share) * losses["consistency"]
-            losses["consistency"] = rest + args.psd_share * end["consistency"]
+            main = "matching" if args.loss == "dmd" else "consistency"
+            rest = (1 - args.psd_share) * losses[main]
+            losses[main] = rest + args.psd_share * end["consistency"]
             scalars |= {f"to_data_{name}": value for name, value in report.items()}
         return losses, scalars
 
@@ -336,8 +427,13 @@ def check_flags(parser, args):
     """Fill in the defaults that depend on --loss and --joint; SystemExit for contradictions."""
     if args.target is None:  # LSD's logit form is ill-conditioned, see `corrected`
         args.target = "signed" if args.loss == "lsd" and args.divergence == "kl" else "logit"
-    if args.target == "signed" and (args.loss == "psd" or args.divergence == "square"):
+    if args.target == "signed" and (args.loss in ("psd", "dmd") or args.divergence == "square"):
         raise SystemExit("--target signed needs --loss lsd or esd, without --divergence square")
+    dmd = args.loss == "dmd"
+    if dmd and (args.joint or args.guidance != 1 or args.divergence == "square"):
+        raise SystemExit("--loss dmd excludes --joint, --guidance and --divergence square")
+    if args.stage1_checkpoint and not dmd:
+        raise SystemExit("--stage1-checkpoint needs --loss dmd: others name it with --checkpoint")
     if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
         raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
     given = [name for name in FIXED if getattr(args, name) != parser.get_default(name)]
@@ -346,18 +442,25 @@ def check_flags(parser, args):
         raise SystemExit(f"stage 1 has fixed --{flag}: set it in train_diagonal.py, or add --joint")
     if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):
         raise SystemExit("--guidance needs --loss psd and --diagonal-from stage1")
+    if args.diagonal_share is None:
+        args.diagonal_share = 0.0 if dmd else 0.5
+    if args.boundary is None:
+        args.boundary = 0.5 if dmd else 1 / 32
     rows = args.micro_batch * args.diagonal_share
-    if not 0 < args.diagonal_share < 1 or round(rows, 6) % 1:
+    possible = 0 < args.diagonal_share < 1 or (dmd and args.diagonal_share == 0)
+    if not possible or round(rows, 6) % 1:
         raise SystemExit(f"--diagonal-share is {rows:g} rows of --micro-batch: not whole, 0 or all")
     others = args.micro_batch - rows
     if not 0 <= args.psd_share < 1 or round(others * args.psd_share, 6) % 1:
         raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")
     if args.psd_share and args.loss == "psd":
-        raise SystemExit("--psd-share goes with --loss lsd or esd: with psd all rows are PSD rows")
+        raise SystemExit(
+            "--psd-share goes with --loss lsd, esd or dmd: with psd all rows are PSD rows"
+        )
     if args.surgery is None:
         args.surgery = args.loss == "psd"
     args.diagonal_from = args.diagonal_from or ("data" if args.guidance == 1 else "stage1")
-    args.steps = args.steps or (1_000_000 if args.joint else 100_000)
+    args.steps = args.steps or (1_000_000 if args.joint else 10_000 if dmd else 100_000)
     name = f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")
     args.out = args.out or Path("runs") / name
 
@@ -366,17 +469,27 @@ def distillation_flags(parser):
     """The flags of stage 2 alone."""
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("distillation").add_argument
-    add("--loss", choices=list(TEACHERS), required=True, help="the identity to learn")
-    add("--checkpoint", type=Path, help="stage 1's checkpoint or run (default: runs/DATA-diagonal)")
+    text = "the identity to learn, or dmd to match distributions"
+    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help=text)
+    text = "checkpoint or run to start from: stage 1, or with dmd also a map (default: runs/DATA-"
+    add("--checkpoint", type=Path, help=text + "diagonal)")
+    text = "of dmd: the stage 1 of --checkpoint (default: the one it was distilled from)"
+    add("--stage1-checkpoint", type=Path, help=text)
+    add("--critic-lr", type=float, default=1e-3, help="of dmd: learning rate of the critic")
     add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--target", choices=["logit", "signed"], help=text)
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
-    add("--diagonal-share", type=fraction, default=0.5, help="share of rows on the diagonal")
+    add(
+        "--diagonal-share",
+        type=fraction,
+        help="share of rows on the diagonal (default: 0.5; dmd 0)",
+    )
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
-    text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
+    text = "of all but psd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
-    add("--boundary", type=fraction, default=1 / 32, help="share of jumps from noise to data")
+    text = "share of jumps from noise to data (default: 1/32; dmd 0.5)"
+    add("--boundary", type=fraction, help=text)
     add("--consistency-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
     add("--surgery", action=yes_no, help="project conflicting gradients (default: with psd)")
@@ -384,17 +497,38 @@ def distillation_flags(parser):
 
 
 def load_stage1(args, meta):
-    """The student, a copy of stage 1 with its embedding frozen; fills in the flags it has fixed."""
+    """(student, stage 1) with frozen embeddings; fills in the flags that stage 1 has fixed.
+
+    The student is a copy of stage 1, or for dmd possibly a map that was distilled from it.
+    """
     path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
+    args.checkpoint = path
     model, checkpoint = load_model(path)
     same_tokens(path, checkpoint["meta"], args.data, meta)
     vars(args).update({key: checkpoint["args"].get(key) for key in FIXED})
     if args.guidance != 1 and not (args.context and args.context_dropout):
         raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")
+    stage1 = copy.deepcopy(model)
     args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares it
+    earlier = checkpoint["args"]
+    if args.loss == "dmd" and earlier.get("stage1"):
+        args.stage1_checkpoint = args.stage1_checkpoint or earlier.get("stage1_checkpoint")
+        if not args.stage1_checkpoint:
+            raise SystemExit(
+                f"{path} does not say what it was distilled from: name it with --stage1-checkpoint"
+            )
+        stage1, found = load_model(args.stage1_checkpoint)
+        args.stage1 = weights_digest(found["ema"])
+        if args.stage1 != earlier["stage1"]:
+            raise SystemExit(
+                f"{args.stage1_checkpoint} is not the stage 1 of {path}: name that "
+                "with --stage1-checkpoint"
+            )
+    else:
+        args.stage1_checkpoint = path
     model.train().requires_grad_(True)
-    model.embedding.requires_grad_(False)  # both networks must see the same y = x W
-    return model
+    model.embedding.requires_grad_(False)  # all networks must see the same y = x W
+    return model, stage1
 
 
 def main():
@@ -406,20 +540,31 @@ def main():
     args = train_diagonal.parse_training_args(parser)
     check_flags(parser, args)
     meta = read_meta(args.data)
-    model = train_diagonal.new_model(args, meta) if args.joint else load_stage1(args, meta)
+    if args.joint:
+        model, stage1 = train_diagonal.new_model(args, meta), None
+    else:
+        model, stage1 = load_stage1(args, meta)
     train_diagonal.check_run(args, meta["seq_len"])
     passes = 3  # forward passes a row, the backward pass counted as two
-    passes += 2 * (1 - args.diagonal_share)  # psi_su and psi_ut, or psi_ss (psi_tt) and the tangent
+    # Of rows off the diagonal: psi_su and psi_ut; or psi_ss (psi_tt) and the tangent; or for dmd
+    # stage 1 and the critic with its backward pass.
+    passes += (4 if args.loss == "dmd" else 2) * (1 - args.diagonal_share)
     if args.diagonal_from == "stage1":
         passes += (1 if args.guidance == 1 else 2) * args.diagonal_share  # stage 1's denoiser
     ranks = train_diagonal.start_ranks(args)
-    stage1 = None
-    if not args.joint and (args.loss != "psd" or args.diagonal_from == "stage1"):
-        stage1 = copy.deepcopy(model).to(ranks[-1]).eval().requires_grad_(False)
+    critic = None
+    if args.loss == "dmd":
+        critic = copy.deepcopy(stage1).train().requires_grad_(True)
+        critic.embedding.requires_grad_(False)
+    if args.joint or (args.loss == "psd" and args.diagonal_from == "data"):
+        stage1 = None
+    if stage1 is not None:
+        stage1.to(ranks[-1]).eval().requires_grad_(False)
         if args.compile:
             stage1.compile_parts(dynamic=bool(args.context))
-    objective = distillation(args, stage1)
-    train_diagonal.train(args, ranks, model, copy.deepcopy(model), objective, meta, passes)
+    objective = distillation(args, stage1, critic)
+    ema = copy.deepcopy(model)
+    train_diagonal.train(args, ranks, model, ema, objective, meta, passes, critic)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def lagged(tau, lag, L):
 
 SIZES = {
     "tiny": dict(layers=3, width=128, heads=4),
+    "mini": dict(layers=4, width=256, heads=4),
     "small": dict(layers=6, width=384, heads=6),
     "base": dict(layers=12, width=768, heads=12),  # the paper's: 170M parameters at V = 50,257
 }

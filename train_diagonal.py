@@ -267,27 +267,36 @@ def project(first, second):
 SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
 
 
-def train(args, ranks, model, ema, objective, meta, passes):
+def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     """Train `model` on args.data by `objective` up to args.steps steps, and write args.out.
 
     ranks: from `start_ranks`. ema: a copy of the model, which becomes its moving average. passes:
-    forward passes that a row costs, a backward pass counting as two. Resuming changes no number.
-    SIGTERM and SIGINT save and end the run after the current step.
+    forward passes that a row costs, a backward pass counting as two. critic: a second network that
+    the objective trains (distill.py --loss dmd). It has a learning rate and clipping of its own,
+    and Adam's first decay is then 0 for both. Resuming changes no number. SIGTERM and SIGINT save
+    and end the run after the current step.
     """
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
     model.to(device)
     ema.to(device).requires_grad_(False)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    saved = {"model": model, "ema": ema, "optimizer": optimizer}
+    saved = {"model": model, "ema": ema}
+    trained = {model: args.lr}
+    if critic:
+        saved["critic"] = critic.to(device)
+        trained[critic] = args.critic_lr
+    groups = [[p for p in network.parameters() if p.requires_grad] for network in trained]
+    params = [p for group in groups for p in group]
+    betas = (0.0 if critic else 0.9, args.beta2)
+    optimizer = torch.optim.Adam([{"params": group} for group in groups], betas=betas, fused=True)
+    saved["optimizer"] = optimizer
     start = restore(args, saved, meta) if args.resume else 0
     check_ranks_agree(start, meta, args)
     if rank == 0:
         write_config(args, start)
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        for network in (model, ema):
+        for network in dict.fromkeys((ema, *trained)):
             network.compile_parts(dynamic=bool(args.context))
     if not model.embedding.requires_grad:
         model.hold_noise()
@@ -314,8 +323,8 @@ def train(args, ranks, model, ema, objective, meta, passes):
     for step in range(start, args.steps):
         warm = (step + 1) / max(1, args.warmup)
         cool = (args.steps - step) / max(1, args.cooldown)
-        lr = args.lr * min(1, warm, cool)
-        optimizer.param_groups[0]["lr"] = lr
+        for group, lr in zip(optimizer.param_groups, trained.values(), strict=True):
+            group["lr"] = lr * min(1, warm, cool)
 
         batches = on_device(next_tokens.result(), args.seed, step)
         next_tokens = reader.submit(load, "train", args.seed, step + 1)  # read ahead
@@ -323,10 +332,12 @@ def train(args, ranks, model, ema, objective, meta, passes):
             grads, scalars = gradients(params, objective, model, batches, args.surgery)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
-        scalars["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, args.clip or float("inf"))
+        largest = args.clip or float("inf")
+        norms = [torch.nn.utils.clip_grad_norm_(group, largest) for group in groups]
+        scalars |= dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
 
         # Fused Adam changes nothing when found_inf is 1: a bad step is skipped without a sync.
-        finite = scalars["grad_norm"].isfinite()
+        finite = torch.stack(norms).isfinite().all()
         optimizer.found_inf = (~finite).float()
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))  # a short run's average is useful too
@@ -340,7 +351,7 @@ def train(args, ranks, model, ema, objective, meta, passes):
         save = done % args.save_every == 0 or done == args.steps or stopping
         if not (validate or save or done % args.log_every == 0):
             continue
-        extra = {"lr": lr} | log.speed()
+        extra = {"lr": optimizer.param_groups[0]["lr"]} | log.speed()
         if validate:
             totals = {}
             with torch.no_grad(), autocast:
@@ -517,8 +528,9 @@ def plain(args):
 
 # Flags that --resume may change. All others must be as they were.
 MAY_CHANGE = set(
-    "data out checkpoint resume steps lr warmup cooldown clip ema micro_batch log_every val_every "
-    "val_batches save_every keep device dtype compile activation_checkpointing".split()
+    "data out checkpoint stage1_checkpoint resume steps lr critic_lr warmup cooldown clip ema "
+    "micro_batch log_every val_every val_batches save_every keep device dtype compile "
+    "activation_checkpointing".split()
 )
 
 
@@ -526,7 +538,7 @@ def check_ranks_agree(step, meta, args):
     """SystemExit if the ranks differ in step, data or flags: machines may not share their files."""
     if not dist.is_initialized():
         return
-    folders = ("data", "out", "checkpoint")  # may be mounted elsewhere
+    folders = ("data", "out", "checkpoint", "stage1_checkpoint")  # may be mounted elsewhere
     flags = {key: value for key, value in plain(args).items() if key not in folders}
     text = repr((step, meta["sha256"], flags))
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
