@@ -469,6 +469,7 @@ def flags(loss="psd", **changes):
     train_diagonal.context_flags(parser)
     args = parser.parse_args(["--loss", loss, "--diagonal-from", "data", "--no-learned-weight"])
     plain = {"diagonal_power": 0.0, "consistency_power": 0.0, "boundary": 1 / 8}
+    plain["diagonal_share"] = 0.0 if loss == "dmd" else 0.5
     vars(args).update(plain | changes)
     return args
 
@@ -588,6 +589,88 @@ def test_consistency(loss):
     assert not torch.equal(w, model.log_weight(jump.s, jump.t + 0.1))
 
 
+def test_matching():
+    """<sg[d], p> over the row's size, d = psi_critic - psi_real, and KL(sg[p] || psi_critic)."""
+    model, tokens, draw = small_case()
+    stage1, critic = copy.deepcopy(model), copy.deepcopy(model)
+    stage1.head.data.mul_(1.3)
+    critic.head.data.mul_(-0.7)
+    losses, report = distill.matching(model, critic, stage1, tokens, draw(), flags("dmd"))
+    noise = draw()
+    start, edge, tau = noise.uniform(3)[:, :, None].unbind(1)
+    assert 0 < (edge < 1 / 8).sum() < 16
+    s = torch.where(edge < 1 / 8, 0, 0.8 * start)
+    s, t, tau = (model.times(v).float() for v in (s, torch.ones_like(s), tau))
+    y = model.interpolate(noise.normal(5, V), tokens, s)
+    p = (model(y, s, t) @ model.head.T).softmax(-1)
+    clean = p.detach() @ model.embedding
+    xi = noise.normal(5, V) @ model.embedding
+    y_tau = ((1 - tau)[..., None] * xi + tau[..., None] * clean).detach()
+    real, fake = ((n(y_tau, tau, tau) @ n.head.T).softmax(-1) for n in (stage1, critic))
+    size = (p - real).abs().sum(-1).mean(1).clamp(min=0.01)
+    plain = ((fake - real) / size[:, None, None] * p).sum(-1).mean()
+    ours = grads_of(losses["matching"], model, critic, stage1)
+    count = len(list(model.parameters()))
+    expected = ((fake - real) / size[:, None, None]).detach()
+    expected = grads_of((expected * p).sum(-1).mean(), model, critic, stage1)
+    assert torch.allclose(losses["matching"], plain, rtol=1e-4)
+    assert same(ours, expected, atol=1e-6)
+    assert not any(grad.any() for grad in ours[count:])
+    kl = (p * (p.log() - fake.log())).sum(-1).mean()
+    assert torch.allclose(losses["critic"], kl, rtol=1e-4)
+    ours = grads_of(losses["critic"], model, critic, stage1)
+    expected = grads_of(-(p.detach() * fake.log()).sum(-1).mean(), critic)
+    assert same(ours[count : 2 * count], expected, atol=1e-6)
+    assert not any(grad.any() for grad in ours[:count] + ours[2 * count :])
+    assert torch.allclose(report["sample_gap"], size.mean())
+
+
+@pytest.mark.parametrize("excess", [0.0, 0.2])
+def test_matching_descends_the_reverse_kl(excess):
+    """With exact denoisers the gradient is that of log q(y) - log p(y), both renoised: 0 at q = p.
+
+    y = alpha xi + beta p; its factor is alpha^2 / beta^2.
+    """
+    law = SHARES + excess * torch.tensor([-1.0, 1.0, 0.0])
+    data, student = (Oracle(language=(PAIRS, weights)) for weights in (SHARES, law))
+    z = normals(20, 2, 3, seed=1).requires_grad_()
+    tau = torch.linspace(0.1, 0.9, 20, dtype=torch.float64)[:, None]
+    alpha, beta = (1 - tau)[..., None], tau[..., None]
+    y = alpha * normals(20, 2, 3, seed=2) + beta * z.softmax(-1)
+
+    def log_density(oracle):  # up to a constant
+        away = (y[:, None] - beta[:, None] * oracle.one_hot).square().sum((-2, -1))
+        return (oracle.log_weights - away / (2 * alpha[:, 0] ** 2)).logsumexp(-1)
+
+    (expected,) = torch.autograd.grad((log_density(student) - log_density(data)).sum(), z)
+    h_real, h_critic = (n(y.detach(), tau, tau).flatten(0, 1) for n in (data, student))
+    one = data.head
+    _, g = distill.denoisers_apart(z.detach().flatten(0, 1), h_real, h_critic, one, one)
+    assert torch.allclose(g.view(20, 2, 3), alpha**2 / beta**2 * expected, atol=1e-12)
+    assert (g.abs().max() > 0.01) == (excess > 0)
+
+
+def one_step_kl(model):
+    """KL(law of one-step samples || SHARES), where other pairs have a share of 1e-3 in all."""
+    xi = Draw(9, 0, np.arange(4096), "cpu").normal(2, model.noise_size)
+    law = shares(generate(model, xi, 1), PAIRS)
+    law = torch.cat([law, 1 - law.sum(0, keepdim=True)])
+    truth = torch.cat([0.999 * SHARES, torch.tensor([0.001], dtype=torch.float64)])
+    return (torch.xlogy(law, law) - torch.xlogy(law, truth)).sum()
+
+
+def test_matching_reaches_the_truth():
+    """From stage 1 alone, the one-step law comes near the weights of the language."""
+    stage1 = learned_diagonal()
+    model, critic = copy.deepcopy(stage1), copy.deepcopy(stage1)
+    for network in (model, critic):
+        network.embedding.requires_grad_(False)
+    objective = distill.distillation(flags("dmd", boundary=1.0), stage1, critic)
+    before = one_step_kl(model)
+    learn(model, objective, 300, 1e-3, critic=critic)
+    assert one_step_kl(model) < 0.2 < before / 5
+
+
 @pytest.mark.parametrize("how", [("psd", 0), ("esd", 0), ("esd", 0, "joint"), ("esd", 0.25)])
 def test_rows_are_shared_out(how, monkeypatch):
     """Diagonal, identity and PSD to data get their shares of any run of rows and their teachers."""
@@ -639,10 +722,11 @@ def test_surgery(sign, monkeypatch):
     assert torch.allclose(torch.cat(grads), a + left)
 
 
-def learn(model, objective, steps, lr, surgery=False):
+def learn(model, objective, steps, lr, surgery=False, critic=None):
     """Adam on `objective`, on a language of three pairs; the learning rate falls linearly to 0."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr=lr, betas=(0.9, 0.99))
+    networks = [model, critic] if critic else [model]
+    params = [p for network in networks for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, lr=lr, betas=(0.0 if critic else 0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
         batch = draw_rows(PAIRS, SHARES, 128, step), Draw(0, step, np.arange(128), "cpu")
