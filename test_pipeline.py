@@ -143,7 +143,7 @@ STAGES = {
 def train(work, out, *flags, stage="diagonal", run=python, **options):
     """A short run on the grammar into `out`; stage 2 starts from the run of stage 1 in `work`."""
     flags = [*STAGES[stage], "--data", work / "data/grammar", "--out", out, *RUN, *flags]
-    if stage in [*distill.TEACHERS, "dmd"]:
+    if stage in [*distill.TEACHERS, "dmd"] and "--checkpoint" not in flags:
         flags += ["--checkpoint", work / "runs/grammar-diagonal"]
     return run(*flags, cwd=out.parent, **options)
 
@@ -264,6 +264,26 @@ def test_the_whole_road(work, loss):
     assert results[0]["grammatical"] == 1
     assert all(r["source_entropy"] == prepare_data.grammar_entropy() for r in results)
     assert (run / "evaluation.md").read_text() in out
+
+
+def test_matching_finds_its_stage_1(work, tmp_path):
+    """--loss dmd from a map: its stage 1 is the real denoiser; sampling leaves the critic out."""
+    train(work, tmp_path / "map", "--steps", 2, stage="psd")
+    flags = ["--steps", 2, "--lr", "3e-3", "--checkpoint", tmp_path / "map"]
+    train(work, tmp_path / "dmd", *flags, stage="dmd")
+    line = log_lines(tmp_path / "dmd")[-1]
+    expected = {"matching_distance", "critic_kl", "sample_entropy", "critic_grad_norm"}
+    assert expected | {"to_data_consistency_kl"} <= line.keys()
+    saved = newest(tmp_path / "dmd")
+    assert Path(saved["args"]["stage1_checkpoint"]) == work / "runs/grammar-diagonal"
+    stage1, start = newest(work / "runs/grammar-diagonal"), newest(tmp_path / "map")
+    assert saved["args"]["stage1"] == model_file.weights_digest(stage1["ema"])
+    moved = [(saved["critic"]["head"] - stage1["ema"]["head"]).abs().max()]
+    moved.append((saved["model"]["head"] - start["ema"]["head"]).abs().max())
+    assert all(0 < step < 0.02 for step in moved)  # two steps of Adam from where each began
+    model_of, _, euler = sample.load_sampler(tmp_path / "dmd", "cpu")
+    assert same(dict(model_of.state_dict()), saved["ema"])
+    assert not euler
 
 
 def test_a_run_is_repeated_from_its_flags(work, tmp_path):
@@ -408,7 +428,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("part", ["diagonal", "psd", "lsd", "esd", "sampling"])
+@pytest.mark.parametrize("part", ["diagonal", "psd", "lsd", "esd", "dmd", "sampling"])
 def test_no_tensor_of_size_v(part, monkeypatch):
     """No operation of a step or of sampling makes a tensor (B, L, V), nor one of half the rows."""
     B, L, V = 16, 64, 20_000
@@ -416,14 +436,16 @@ def test_no_tensor_of_size_v(part, monkeypatch):
     draw = Draw(0, 0, np.arange(B), "cpu")
     batches = [(torch.randint(V, (B, L)), draw)]
     objective = train_diagonal.diagonal
-    if part in distill.TEACHERS:
+    networks = [model]
+    if part in [*distill.TEACHERS, "dmd"]:
         args = resolved(f"distill.py --loss {part}", monkeypatch)
-        objective = distill.distillation(args, DiT(model.config).requires_grad_(False))
+        networks.append(DiT(model.config))  # the critic
+        objective = distill.distillation(args, DiT(model.config).requires_grad_(False), networks[1])
     with Largest() as largest:
         if part == "sampling":
             sample.generate(model, draw.normal(L, model.noise_size), nfe=2)
         else:
-            params = list(model.parameters())
+            params = [p for network in networks for p in network.parameters()]
             train_diagonal.gradients(params, objective, model, batches, part == "psd")
     assert V * 64 <= largest.elements < B * L * V // 2
 
@@ -1091,6 +1113,12 @@ MISTAKES = [
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
     ("distill.py --data grammar --loss psd --micro-batch 1", "--diagonal-share"),
     ("distill.py --data grammar --loss psd --checkpoint any --out guided --resume", "guided"),
+    ("distill.py --data grammar --loss dmd --checkpoint trained --joint", "--joint"),
+    ("distill.py --data grammar --loss psd --stage1-checkpoint trained", "--loss dmd"),
+    (
+        "distill.py --data grammar --loss dmd --checkpoint guided --stage1-checkpoint trained",
+        "of guided",
+    ),
     ("sample.py --checkpoint trained --output x.txt", ".jsonl"),
     ("sample.py --checkpoint trained --prompt some", "--context"),
     ("sample.py --checkpoint any --prompt 'some dragons'", "dragons"),
@@ -1185,6 +1213,8 @@ def test_headline_commands(tmp_path, monkeypatch):
     for loss in distill.TEACHERS:
         own = dict(surgery=loss == "psd", target="signed" if loss == "lsd" else "logit")
         check(f"distill.py --loss {loss}", **run, **own, out=Path(f"runs/owt-{loss}"))
+    own = dict(steps=10_000, boundary=0.5, diagonal_share=0, critic_lr=1e-3, surgery=False)
+    check("distill.py --loss dmd", **own, out=Path("runs/owt-dmd"))
     how = dict(num_samples=1024, gamma=[0], temperature=[0], judge="gpt2-large", nfe=[1, 2])
     check("evaluate.py --nfe 1 2", checkpoint=[Path("runs/owt-esd")], **how)
     how = dict(nfe=[1], gamma=0, temperature=0, guidance=1)
