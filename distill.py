@@ -299,13 +299,8 @@ def matching(model, critic, stage1, tokens, draw, args):
         h_real = stage1(renoised, tau, tau).flatten(0, 1)
     h_critic = critic(renoised, tau, tau).flatten(0, 1)
     h = h.flatten(0, 1)
-    size = torch.cat(
-        [
-            (softmax(z) - softmax(h_real[rows] @ lowered(stage1.head).T)).abs().sum(-1)
-            for rows, z in logit_chunks(h, model.head)
-        ]
-    )
-    size = size.view(B, L).mean(-1, keepdim=True).clamp(min=0.01).expand(B, L).flatten()
+    size = denoising_distance(model, h, stage1, h_real).view(B, L).mean(-1, keepdim=True)
+    size = size.clamp(min=0.01).expand(B, L).flatten()
     how = dict(c=1.0, r=0.0, compiled=model.compiled)
     heads = lowered(stage1.head), lowered(critic.head)
     gap = Divergence(denoisers_apart, (h_real, h_critic.detach()), heads)
@@ -317,6 +312,15 @@ def matching(model, critic, stage1, tokens, draw, args):
     scalars |= {"sample_entropy": critic_report["teacher_entropy"], "sample_gap": size}
     losses = {"matching": loss, "critic": critic_loss}
     return losses, {name: value.mean() for name, value in scalars.items()}
+
+
+def denoising_distance(model, h, stage1, h_real):
+    """|p - psi_real|_1 (N,) of hidden vectors h and h_real (N, D), without a gradient."""
+    real_head = lowered(stage1.head)
+    parts = []
+    for rows, z in logit_chunks(h, model.head):
+        parts.append((softmax(z) - softmax(h_real[rows] @ real_head.T)).abs().sum(-1))
+    return torch.cat(parts)
 
 
 def denoisers_apart(z, h_real, h_critic, real_head, critic_head):

@@ -468,7 +468,8 @@ class Log:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
-        shown = ("diagonal", "consistency", "clamped", "skipped", "val_", "tokens")
+        shown = ("diagonal", "consistency", "matching", "critic_kl", "clamped", "skipped")
+        shown += ("val_", "tokens")
         numbers = [f"{k} {v:,.4g}" for k, v in line.items() if k.startswith(shown)]
         hours = (self.args.steps - done) * line["seconds_per_step"] / 3600
         left = f"{hours:,.1f} h left" if hours >= 1 else f"{60 * hours:.0f} min left"
