@@ -400,9 +400,8 @@ def distillation(args, stage1=None, critic=None):
         if args.psd_share:
             how = dict(args=args, loss="psd", to_data=True)
             end, report = on_rows(to_data, consistency, model, model, **how)
-            main = "matching" if args.loss == "dmd" else "consistency"
-            rest = (1 - args.psd_share) * losses[main]
-            losses[main] = rest + args.psd_share * end["consistency"]
+            rest = (1 - args.psd_share) * losses["consistency"]
+            losses["consistency"] = rest + args.psd_share * end["consistency"]
             scalars |= {f"to_data_{name}": value for name, value in report.items()}
         return losses, scalars
 
@@ -457,10 +456,8 @@ def check_flags(parser, args):
     others = args.micro_batch - rows
     if not 0 <= args.psd_share < 1 or round(others * args.psd_share, 6) % 1:
         raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")
-    if args.psd_share and args.loss == "psd":
-        raise SystemExit(
-            "--psd-share goes with --loss lsd, esd or dmd: with psd all rows are PSD rows"
-        )
+    if args.psd_share and args.loss not in ("lsd", "esd"):
+        raise SystemExit("--psd-share goes with --loss lsd or esd")
     if args.surgery is None:
         args.surgery = args.loss == "psd"
     args.diagonal_from = args.diagonal_from or ("data" if args.guidance == 1 else "stage1")
@@ -490,7 +487,7 @@ def distillation_flags(parser):
         help="share of rows on the diagonal (default: 0.5; dmd 0)",
     )
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
-    text = "of all but psd: share of the non-diagonal rows that learn psd instead, by jumps to data"
+    text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
     text = "share of jumps from noise to data (default: 1/32; dmd 0.5)"
     add("--boundary", type=fraction, help=text)
