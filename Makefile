@@ -12,7 +12,7 @@ READY := .venv/installed
 # Differs from the paper's settings to fit a network of 1.0M parameters into ten minutes.
 FLAGS := --data data/grammar --batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 \
 	--diagonal-power 0 --log-every 200 --val-every 1000
-RUNS := runs/grammar-diagonal runs/grammar-psd
+RUNS := runs/grammar-diagonal runs/grammar-psd runs/grammar-dmd
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py grammar
@@ -22,6 +22,8 @@ demo: $(READY)
 	$(BIN)/python distill.py $(FLAGS) --loss psd --divergence square --no-learned-weight \
 		--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.2 --steps 850 --warmup 50 \
 		--cooldown 800 --lr 1.5e-3
+	$(BIN)/python distill.py $(FLAGS) --loss dmd --checkpoint runs/grammar-psd --boundary 1 \
+		--steps 600 --warmup 20 --cooldown 300
 	$(BIN)/python evaluate.py --checkpoint $(RUNS) --nfe 1 2 4 8 64 --gamma 0 1 \
 		--num-samples 512 --batch-size 256 --show 3 --plot runs/demo.png
 
