@@ -1,4 +1,4 @@
-# make demo      prepare the grammar, train, distil, sample, print a table (10 minutes on 2 cores)
+# make demo      prepare the grammar, train, distil, sample, print a table (5 to 13 minutes on 2 cores)
 # make test      the tests and the linter
 # make results [TEXT=stories.txt]    the losses side by side, three seeds (hours): results/README.md
 # Each makes its own virtual environment first. Needs Python 3.10 or newer with venv, and make.
@@ -9,7 +9,7 @@ READY := .venv/installed
 
 .PHONY: demo test results clean
 
-# Differs from the paper's settings to fit a network of 1.0M parameters into ten minutes.
+# Differs from the paper's settings to fit a network of 1.0M parameters into some ten minutes.
 FLAGS := --data data/grammar --batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 \
 	--diagonal-power 0 --log-every 200 --val-every 1000
 RUNS := runs/grammar-diagonal runs/grammar-psd runs/grammar-dmd
