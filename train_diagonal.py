@@ -294,9 +294,10 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     check_ranks_agree(start, meta, args)
     if rank == 0:
         write_config(args, start)
-    model.activation_checkpointing = args.activation_checkpointing
+    for network in trained:
+        network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        for network in dict.fromkeys((ema, *trained)):
+        for network in (ema, *trained):
             network.compile_parts(dynamic=bool(args.context))
     if not model.embedding.requires_grad:
         model.hold_noise()
@@ -334,7 +335,9 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
             p.grad = grad
         largest = args.clip or float("inf")
         norms = [torch.nn.utils.clip_grad_norm_(group, largest) for group in groups]
-        scalars |= dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
+        scalars["grad_norm"] = norms[0]
+        if critic:
+            scalars["critic_grad_norm"] = norms[1]
 
         # Fused Adam changes nothing when found_inf is 1: a bad step is skipped without a sync.
         finite = torch.stack(norms).isfinite().all()
