@@ -292,10 +292,8 @@ def matching(model, critic, stage1, tokens, draw, args):
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
     h = model(y, s, t)
     with torch.no_grad():
-        noise = model.embed_noise(draw.normal(L, model.noise_size))
         sample = model.soft_embedding(h)
-        renoised = model.path.alpha(tau)[..., None] * noise
-        renoised = renoised + model.path.beta(tau)[..., None] * sample
+        renoised = model.interpolate(draw.normal(L, model.noise_size), sample, tau)
         h_real = stage1(renoised, tau, tau).flatten(0, 1)
     h_critic = critic(renoised, tau, tau).flatten(0, 1)
     h = h.flatten(0, 1)
@@ -383,11 +381,9 @@ def distillation(args, stage1=None, critic=None):
             return by_context(loss, networks, tokens[rows], draw.part(mask), args)
 
         losses, scalars = {}, {}
-        if not on_diagonal.any():
-            pass
-        elif args.diagonal_from == "stage1":
+        if on_diagonal.any() and args.diagonal_from == "stage1":
             losses, scalars = on_rows(on_diagonal, diagonal_from_stage1, model, stage1, args=args)
-        else:
+        elif on_diagonal.any():
             losses, scalars = on_rows(on_diagonal, diagonal, model, power=args.diagonal_power)
         others = ~on_diagonal & ~to_data
         if args.loss == "dmd":

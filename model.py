@@ -504,10 +504,14 @@ class DiT(nn.Module):
         with torch.autocast(xi.device.type, enabled=False):
             return xi @ self.noise_factor()
 
-    def interpolate(self, xi, tokens, t):
-        """y_t = alpha_t x0 W + beta_t W[token] (37): tokens (B, L), t (B, 1 or L) -> (B, L, D)."""
+    def interpolate(self, xi, clean, t):
+        """y_t = alpha_t x0 W + beta_t x1 W (37): t (B, 1 or L) -> (B, L, D).
+
+        clean: the tokens of x1 (B, L), or x1 W itself (B, L, D), as of a soft sample.
+        """
         # F.embedding: the gradient of plain indexing is summed in random order on several threads.
-        clean = F.embedding(tokens, self.embedding)
+        if not clean.is_floating_point():
+            clean = F.embedding(clean, self.embedding)
         noise = self.embed_noise(xi)
         return self.path.alpha(t)[..., None] * noise + self.path.beta(t)[..., None] * clean
 

@@ -2,14 +2,14 @@
 
     python benchmarks/study.py grammar                    # hours on a CPU; continues where it was
     python benchmarks/study.py grammar --seeds 0 1 --only psd esd
-    python benchmarks/study.py words --only psd psd-squared --frontier    # and at equal entropy
+    python benchmarks/study.py words --only psd psd-squared --matched     # and at equal entropy
     python benchmarks/study.py words --table --baseline psd-squared       # of finished runs only
 
 Calls the programs as a user would; each run has the folder runs/study/STUDY/SEED/RUN. The table
 gives means over seeds (smallest to largest). Seeds of stage 1 differ more than losses do, so it
 also compares the first score with the --baseline of the same seed: gen-PPL by its ratio, the share
-grammatical by its difference. A lower entropy makes a better score, so --frontier also draws tokens
-at several temperatures and compares two runs at the larger of their two entropies.
+grammatical by its difference. A lower entropy makes a better score, so --matched draws tokens at
+the temperature that gives the entropy of real rows.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from prepare_data import Help
 from sample import check_output
 
 ROOT = Path(__file__).parent.parent
-SWEEP = "--nfe 1 2 4 --temperature 0 0.5 0.75 1 1.25 1.5"  # what --frontier adds
 PLAIN = "--no-learned-weight --consistency-power 0"
 
 # Each run's own flags. Stage 2 starts from "diagonal". The first three losses have the target and
@@ -46,16 +45,23 @@ STAGE2 = {
     "esd-signed": f"--loss esd --target signed {PLAIN}",
     "esd-signed-psd-share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
 }
-RUNS = STAGE1 | STAGE2
+# A map, then distribution matching from it; and the map's own loss for as much computation. A row
+# costs 4.75 forward passes by those losses, a quarter of the rows being diagonal, and 7 by dmd.
+DMD = {f"{name}-dmd": name for name in ("psd", "esd", "psd-squared")}
+LONGER = {f"{name}-longer": name for name in DMD.values()}
+RUNS = [*STAGE1, *STAGE2, *LONGER, *DMD]
 
 BOTH = "--beta2 0.99 --ema 0.999 --diagonal-power 0"
 DISTIL = "--lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125"
+MATCH = "--loss dmd --boundary 1 --warmup 20"
 SCORE = "--nfe 1 2 4 8 32 128 --batch-size 256 --judge-batch 64"
 TEXT = {
     "data": "data/stories",
     "both": f"{BOTH} --batch-size 32",
     "stage1": "--size tiny --steps 2500 --warmup 100 --cooldown 2000 --lr 2e-3",
     "stage2": f"{DISTIL} --steps 500 --warmup 100 --cooldown 400",
+    "longer": "--steps 940 --cooldown 750",
+    "dmd": f"{MATCH} --steps 300 --cooldown 150",
     "evaluate": f"{SCORE} --num-samples 256 --judge runs/judge-stories",
     "scores": ["gen_ppl", "entropy", "distinct_4"],
 }
@@ -69,6 +75,8 @@ BPE = {
     "both": f"{BOTH} --batch-size 32 --compile --dtype bfloat16",
     "stage1": "--size tiny --steps 2000 --warmup 100 --cooldown 1700 --lr 2e-3",
     "stage2": f"{DISTIL} --steps 250 --warmup 50 --cooldown 200",
+    "longer": "--steps 470 --cooldown 375",
+    "dmd": f"{MATCH} --steps 150 --cooldown 75",
     "evaluate": f"{SCORE} --num-samples 128 --judge runs/judge-bpe --dtype bfloat16",
 }
 GRAMMAR = {
@@ -76,6 +84,8 @@ GRAMMAR = {
     "both": f"{BOTH} --batch-size 128 --micro-batch 128",
     "stage1": "--size tiny --steps 3000 --warmup 100 --cooldown 2900 --lr 2.5e-3",
     "stage2": f"{DISTIL} --steps 800 --warmup 200 --cooldown 600",
+    "longer": "--steps 1500 --cooldown 1125",
+    "dmd": f"{MATCH} --steps 480 --cooldown 240",
     "evaluate": "--nfe 1 2 4 8 16 128 --batch-size 512",
     "scores": ["grammatical", "entropy", "distinct"],
 }
@@ -94,7 +104,7 @@ def program(name, flags, *more):
 
 
 def train(study, folder, seed, name):
-    """Train folder/name, or what is left to train of it."""
+    """Train folder/name, or what is left to train of it, and what it starts from."""
     out = folder / name
     more = ["--data", study["data"], "--out", out, "--seed", seed]
     if checkpoints(out):
@@ -104,23 +114,34 @@ def train(study, folder, seed, name):
         more.append("--resume")
     if name in STAGE1:
         program("train_diagonal.py", f"{study['both']} {study['stage1']} {STAGE1[name]}", *more)
+        return
+    start = DMD.get(name, "diagonal")
+    train(study, folder, seed, start)
+    more += ["--checkpoint", folder / start]
+    if name in DMD:
+        flags = study["dmd"]
+    elif name in LONGER:
+        flags = f"{study['stage2']} {STAGE2[LONGER[name]]} {study['longer']}"
     else:
-        more += ["--checkpoint", folder / "diagonal"]
-        program("distill.py", f"{study['both']} {study['stage2']} {STAGE2[name]}", *more)
+        flags = f"{study['stage2']} {STAGE2[name]}"
+    program("distill.py", f"{study['both']} {flags}", *more)
 
 
-def run_seed(study, folder, seed, names, frontier=False):
-    """Train and evaluate those runs of one seed that are not evaluated yet."""
+def run_seed(study, folder, seed, names, file, matched):
+    """Train and evaluate those runs of one seed that have no `file` of scores yet."""
     for name in names:
-        out = folder / name
-        more = ["--checkpoint", out, "--seed", seed]
-        if not (out / "evaluation.json").exists():
-            train(study, folder, seed, name)
-            bound = ["--bound", 64] if name in STAGE1 else []
-            program("evaluate.py", study["evaluate"], *more, *bound)
-        path = out / "frontier.json"
-        if frontier and name in STAGE2 and not path.exists():
-            program("evaluate.py", f"{study['evaluate']} {SWEEP}", *more, "--output", path)
+        output = folder / name / file
+        if output.exists():
+            continue
+        train(study, folder, seed, name)
+        more = []
+        if matched:
+            nfe = [64] if name in STAGE1 else [1, 2, 4, 8]
+            more = ["--match-entropy", "--nfe", *nfe]
+        elif name in STAGE1:
+            more = ["--bound", 64]
+        more += ["--checkpoint", folder / name, "--seed", seed, "--output", output]
+        program("evaluate.py", study["evaluate"], *more)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,14 +152,13 @@ def on_text(study):
     return study["scores"][0] == "gen_ppl"
 
 
-def gather(study, folder):
-    """All evaluated runs, a dict each.
+def gather(study, folder, file):
+    """All evaluated runs, a dict each: run, seed, scores {nfe: {score: value}}, bound.
 
-    run, seed; scores {nfe: {score: value}}; bound, nats a token or None; frontier
-    {nfe: (entropies, scores)}, by temperature, where the score is log gen-PPL or a share.
+    The bound is in nats a token, or None.
     """
     found = []
-    for path in sorted(folder.glob("*/*/evaluation.json")):
+    for path in sorted(folder.glob(f"*/*/{file}")):
         evaluation = json.loads(path.read_text())
         rows = [row for row in evaluation["results"] if row["nfe"]]
         bounds = [row["nats_a_token"] for row in evaluation["bound"]]
@@ -147,46 +167,8 @@ def gather(study, folder):
             "seed": int(path.parent.parent.name),
             "scores": {row["nfe"]: {s: row[s] for s in study["scores"]} for row in rows},
             "bound": bounds[0] if bounds else None,
-            "frontier": {},
         }
-        sweep = path.with_name("frontier.json")
-        points = {}
-        for row in json.loads(sweep.read_text())["results"] if sweep.exists() else []:
-            if row["nfe"]:
-                point = row["temperature"], row["entropy"], row[study["scores"][0]]
-                points.setdefault(row["nfe"], []).append(point)
-        for nfe, swept in points.items():
-            _, entropies, scores = np.array(sorted(swept), float).T
-            run["frontier"][nfe] = entropies, np.log(scores) if on_text(study) else scores
         found.append(run)
-    return found
-
-
-def at_entropy(entropies, scores, target, worst):
-    """The score at which a sweep (P,), (P,), linear between its points, has the target entropy.
-
-    NaN if it never has: nothing is extrapolated. If it has it twice, the worse score, by `worst`.
-    """
-    entropies, scores = np.asarray(entropies, float), np.asarray(scores, float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        w = (target - entropies[:-1]) / np.diff(entropies)
-        crossings = (scores[:-1] + w * np.diff(scores))[(w >= 0) & (w <= 1)]
-    return float(worst(crossings)) if len(crossings) else np.nan
-
-
-def at_equal_entropy(study, run, other):
-    """{nfe: (first score of `run`, of `other`)} at the larger entropy of the two at temperature 0.
-
-    Without the NFE at which a sweep does not reach it.
-    """
-    found = {}
-    worst = np.max if on_text(study) else np.min
-    for nfe in sorted(run["frontier"].keys() & other["frontier"].keys()):
-        sweeps = run["frontier"][nfe], other["frontier"][nfe]
-        target = max(entropies[0] for entropies, _ in sweeps)
-        scores = [at_entropy(*sweep, target, worst) for sweep in sweeps]
-        if np.isfinite(scores).all():
-            found[nfe] = tuple(np.exp(scores) if on_text(study) else scores)
     return found
 
 
@@ -226,13 +208,10 @@ def compare(study, found, baseline="psd"):
             values[score] = [{n: row[score] for n, row in run["scores"].items()} for run in runs]
         label = f"{first} {'/' if on_text(study) else '-'} {base}"
         values[label] = []
-        values[f"{label}, equal entropy"] = []
         for run, other in pairs:
             common = [n for n in run["scores"] if n in other["scores"]]
             both = {n: [r["scores"][n][first] for r in (run, other)] for n in common}
-            equal = at_equal_entropy(study, run, other)
-            for key, scores in ((label, both), (f"{label}, equal entropy", equal)):
-                values[key].append({n: compared(study, *two) for n, two in scores.items()})
+            values[label].append({n: compared(study, *two) for n, two in both.items()})
         values["bound, nats a token"] = [{"all": run["bound"]} for run in runs if run["bound"]]
         values["bound - diagonal"] = [
             {"all": run["bound"] - other["bound"]} for run, other in pairs if run["bound"]
@@ -245,17 +224,12 @@ def compare(study, found, baseline="psd"):
 
 
 def draw(study, found, path):
-    """The first score against NFE: means over seeds, with bands from the smallest to the largest.
-
-    Beside it, for each NFE that was swept, that score against entropy, one line a seed.
-    """
+    """The first score against NFE: means over seeds, bands from the smallest to the largest."""
     from matplotlib.figure import Figure
 
     first = study["scores"][0]
-    swept = sorted({nfe for run in found for nfe in run["frontier"]})
-    figure = Figure(figsize=(6 + 2.5 * len(swept), 3.8), layout="constrained")
-    panels = figure.subplots(1, 1 + len(swept), sharey=True, squeeze=False)[0]
-    axes = panels[0]
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
     names = {run["run"] for run in found}
     for i, name in enumerate(name for name in RUNS if name in names):
         runs = [run for run in found if run["run"] == name]
@@ -264,19 +238,11 @@ def draw(study, found, path):
         style = "--" if name in STAGE1 else "-"
         axes.plot(nfe, values.mean(0), style, marker=".", label=name, color=f"C{i}")
         axes.fill_between(nfe, values.min(0), values.max(0), alpha=0.15, color=f"C{i}", linewidth=0)
-        for run in runs:
-            for n, (entropies, scores) in run["frontier"].items():
-                panel = panels[1 + swept.index(n)]
-                shown = np.exp(scores) if on_text(study) else scores
-                panel.plot(entropies, shown, marker=".", linewidth=0.8, color=f"C{i}")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="network evaluations", ylabel=first.replace("_", " "))
     axes.set_yscale("log" if on_text(study) else "linear")
     axes.legend(frameon=False, fontsize="small")
-    for n, panel in zip(swept, panels[1:], strict=True):
-        panel.set(xlabel="entropy", title=f"{n} NFE")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
@@ -288,23 +254,24 @@ def main():
     add("study", choices=list(STUDIES))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     help = "these runs beside `diagonal`: " + " ".join(RUNS)
-    add("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=help)
+    add("--only", nargs="+", choices=RUNS, default=[*STAGE1, *STAGE2], metavar="RUN", help=help)
     add("--folder", type=Path, default=Path("runs/study"), help="of all studies")
     help = "the run that those of stage 2 are compared with"
-    add("--baseline", choices=list(STAGE2), default="psd", metavar="RUN", help=help)
-    add("--frontier", action="store_true", help="compare at equal entropy too")
+    add("--baseline", choices=RUNS, default="psd", metavar="RUN", help=help)
+    help = "score at the entropy of real rows instead, by temperature"
+    add("--matched", action="store_true", help=help)
     add("--table", action="store_true", help="train nothing, print the table")
-    help = "PNG to draw: the first score against NFE and, after --frontier, against entropy"
-    add("--plot", type=Path, help=help)
+    add("--plot", type=Path, help="PNG to draw: the first score against NFE")
     args = parser.parse_args()
     if args.plot:
         check_output("--plot", args.plot, [".png"])
     study = STUDIES[args.study]
     folder = args.folder / args.study
+    file = "matched.json" if args.matched else "evaluation.json"
     names = list(dict.fromkeys(["diagonal", *args.only]))
     for seed in [] if args.table else args.seeds:
-        run_seed(study, folder / str(seed), seed, names, args.frontier)
-    found = [run for run in gather(study, folder) if run["run"] in names]
+        run_seed(study, folder / str(seed), seed, names, file, args.matched)
+    found = [run for run in gather(study, folder, file) if run["run"] in names]
     if not found:
         raise SystemExit(f"no evaluated run in {folder}; drop --table to train some")
     print(table(compare(study, found, args.baseline)))
