@@ -3,7 +3,7 @@
     python evaluate.py --nfe 1 2 4 8 16 128                       # of runs/owt-esd, by GPT-2 Large
     python evaluate.py --checkpoint runs/grammar-diagonal runs/grammar-psd --nfe 1 2 4 64
     python evaluate.py --nfe 1 4 --gamma 0 1 --temperature 0 1    # every combination
-    python evaluate.py --nfe 1 4 --match-entropy                  # as varied as real text
+    python evaluate.py --nfe 1 4 --entropy 5.4                    # at equal variety
     python evaluate.py --nfe 8 --bound 512                        # and the likelihood bound
     python evaluate.py --samples texts.jsonl --data data/owt      # samples made elsewhere
 
@@ -427,8 +427,8 @@ def parse_args():
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
     add("--samples", **paths, help="samples made elsewhere: .jsonl, .npy or text (default: none)")
     add("--data", type=Path, help="data set for controls (default: the one trained on)")
-    text = "draw tokens at the temperature that gives the entropy of validation rows"
-    add("--match-entropy", action="store_true", help=text)
+    text = "draw tokens at the temperature that gives this entropy (nats), to compare fairly"
+    add("--entropy", type=float, help=text)
     add("--bound", type=positive, help="bound the likelihood of this many validation rows")
     add("--show", type=int, default=0, help="print this many samples for each row of the table")
     add("--output", type=Path, help="JSON to write (default: evaluation.json in the run's folder)")
@@ -442,8 +442,8 @@ def parse_args():
         args.checkpoint = [Path("runs/owt-esd")]
     if args.bound and not args.checkpoint:
         raise SystemExit("--bound is computed from a model: name one with --checkpoint")
-    if args.match_entropy and any(args.temperature):
-        raise SystemExit("--match-entropy chooses the temperature: drop --temperature")
+    if args.entropy and any(args.temperature):
+        raise SystemExit("--entropy chooses the temperature: drop --temperature")
     if args.output:
         check_output("--output", args.output, [".json"])
     else:
@@ -471,7 +471,7 @@ def temperature_at(target, entropy):
     return high
 
 
-def model_rows(args, scorer, name, model, euler, real_entropy):
+def model_rows(args, scorer, name, model, euler):
     """Rows of the table for one model: every combination of NFE, gamma and temperature."""
     rows = []
     how = dict(batch_size=args.batch_size, seed=args.seed, dtype=args.dtype, euler=euler)
@@ -480,9 +480,9 @@ def model_rows(args, scorer, name, model, euler, real_entropy):
         if nfe == 1 and gamma != args.gamma[0]:
             continue  # gamma acts between jumps
         draw = functools.partial(draw_samples, model, nfe, args.num_samples, gamma=gamma, **how)
-        if args.match_entropy:
+        if args.entropy:
             temperature = temperature_at(
-                real_entropy, lambda value, draw=draw: entropies(draw(temperature=value)).mean()
+                args.entropy, lambda value, draw=draw: entropies(draw(temperature=value)).mean()
             )
         start = time.perf_counter()
         ids = draw(temperature=temperature)
@@ -519,7 +519,7 @@ def main():
     bounds = []
     for path, (model, _, euler) in zip(args.checkpoint, loaded, strict=True):
         name = path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
-        results += model_rows(args, scorer, name, model, euler, results[0]["entropy"])
+        results += model_rows(args, scorer, name, model, euler)
         if args.bound:
             chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
             bounds.append(bound_row(name, model, val[np.sort(chosen)], meta, args))

@@ -1053,38 +1053,16 @@ def test_evaluate_text(letters, judge):
     assert results[2, 1, 1]["entropy"] == pytest.approx(evaluate.entropies(rows).mean())
 
 
-def test_match_entropy(work):
-    """--match-entropy draws tokens at the temperature that gives a wanted entropy."""
+def test_equal_entropy(work):
+    """--entropy draws tokens at the temperature that gives the entropy asked for."""
     assert evaluate.temperature_at(0.5, lambda T: T) == pytest.approx(0.5, abs=0.01)
     assert evaluate.temperature_at(0.5, lambda T: 0.6 + T) == 0
     assert evaluate.temperature_at(9, lambda T: T) == 2
-    model, _ = load_model(work / "runs/grammar-diagonal")
-    how = dict(nfe=[1], gamma=[0.0], temperature=[0.0], num_samples=64, batch_size=64, seed=0)
-    args = argparse.Namespace(**how, dtype="float32", match_entropy=True)
-
-    def score(name, rows, **facts):
-        return facts | {"entropy": evaluate.entropies(rows).mean()}
-
-    def row(target):
-        scorer = argparse.Namespace(score=score)
-        return evaluate.model_rows(args, scorer, "t", model, True, target)[0]
-
-    plain, hot = row(0.0), row(9.0)
-    assert (plain["temperature"], hot["temperature"]) == (0, 2)
-    assert plain["entropy"] < hot["entropy"]
-    middle = (plain["entropy"] + hot["entropy"]) / 2
-    assert row(middle)["entropy"] == pytest.approx(middle, abs=0.01)
-    flags = [
-        "--checkpoint",
-        "runs/grammar-diagonal",
-        "--num-samples",
-        64,
-        "--nfe",
-        1,
-        "--match-entropy",
-    ]
-    real, _, _, found = evaluated(work, *flags)[0]["results"]
-    assert found["entropy"] == pytest.approx(real["entropy"], abs=0.01)
+    flags = ["--checkpoint", "runs/grammar-diagonal", "--num-samples", 64, "--nfe", 1, "--entropy"]
+    for target in (1.5, 2.0):
+        row = evaluated(work, *flags, target)[0]["results"][-1]
+        assert row["entropy"] == pytest.approx(target, abs=0.01)
+        assert 0 < row["temperature"] < 2
 
 
 def test_evaluate_samples(letters, judge):
@@ -1158,7 +1136,7 @@ MISTAKES = [
     ("sample.py --checkpoint any --prompt 'some dragons'", "dragons"),
     ("sample.py --checkpoint any --prompt some --length 30", "--block-size"),
     ("sample.py --checkpoint guided --prompt some --guidance 2", "--guidance"),
-    ("evaluate.py --checkpoint trained --match-entropy --temperature 1", "drop --temperature"),
+    ("evaluate.py --checkpoint trained --entropy 3 --temperature 1", "drop --temperature"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples floats.npy --data grammar", "float64"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),

@@ -2,14 +2,14 @@
 
     python benchmarks/study.py grammar                    # hours on a CPU; continues where it was
     python benchmarks/study.py grammar --seeds 0 1 --only psd esd
-    python benchmarks/study.py words --only psd psd-squared --matched     # and at equal entropy
+    python benchmarks/study.py words --only psd psd-squared --entropy 3.1    # at equal entropy
     python benchmarks/study.py words --table --baseline psd-squared       # of finished runs only
 
 Calls the programs as a user would; each run has the folder runs/study/STUDY/SEED/RUN. The table
 gives means over seeds (smallest to largest). Seeds of stage 1 differ more than losses do, so it
 also compares the first score with the --baseline of the same seed: gen-PPL by its ratio, the share
-grammatical by its difference. A lower entropy makes a better score, so --matched draws tokens at
-the temperature that gives the entropy of real rows.
+grammatical by its difference. A lower entropy makes a better score, so --entropy draws tokens at
+the temperature that gives an equal one.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def train(study, folder, seed, name):
     program("distill.py", f"{study['both']} {flags}", *more)
 
 
-def run_seed(study, folder, seed, names, file, matched):
+def run_seed(study, folder, seed, names, file, entropy):
     """Train and evaluate those runs of one seed that have no `file` of scores yet."""
     for name in names:
         output = folder / name / file
@@ -135,9 +135,8 @@ def run_seed(study, folder, seed, names, file, matched):
             continue
         train(study, folder, seed, name)
         more = []
-        if matched:
-            nfe = [64] if name in STAGE1 else [1, 2, 4, 8]
-            more = ["--match-entropy", "--nfe", *nfe]
+        if entropy:
+            more = ["--entropy", entropy, "--nfe", *([64] if name in STAGE1 else [1, 2, 4, 8])]
         elif name in STAGE1:
             more = ["--bound", 64]
         more += ["--checkpoint", folder / name, "--seed", seed, "--output", output]
@@ -258,8 +257,7 @@ def main():
     add("--folder", type=Path, default=Path("runs/study"), help="of all studies")
     help = "the run that those of stage 2 are compared with"
     add("--baseline", choices=RUNS, default="psd", metavar="RUN", help=help)
-    help = "score at the entropy of real rows instead, by temperature"
-    add("--matched", action="store_true", help=help)
+    add("--entropy", type=float, help="score at this entropy (nats), 64 NFE of stage 1 and 1 to 8")
     add("--table", action="store_true", help="train nothing, print the table")
     add("--plot", type=Path, help="PNG to draw: the first score against NFE")
     args = parser.parse_args()
@@ -267,10 +265,10 @@ def main():
         check_output("--plot", args.plot, [".png"])
     study = STUDIES[args.study]
     folder = args.folder / args.study
-    file = "matched.json" if args.matched else "evaluation.json"
+    file = f"entropy-{args.entropy:g}.json" if args.entropy else "evaluation.json"
     names = list(dict.fromkeys(["diagonal", *args.only]))
     for seed in [] if args.table else args.seeds:
-        run_seed(study, folder / str(seed), seed, names, file, args.matched)
+        run_seed(study, folder / str(seed), seed, names, file, args.entropy)
     found = [run for run in gather(study, folder, file) if run["run"] in names]
     if not found:
         raise SystemExit(f"no evaluated run in {folder}; drop --table to train some")
