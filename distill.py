@@ -444,7 +444,7 @@ def check_flags(parser, args):
     if args.diagonal_share is None:
         args.diagonal_share = 0.0 if dmd else 0.5
     if args.boundary is None:
-        args.boundary = 0.5 if dmd else 1 / 32
+        args.boundary = 1.0 if dmd else 1 / 32
     rows = args.micro_batch * args.diagonal_share
     possible = 0 < args.diagonal_share < 1 or (dmd and args.diagonal_share == 0)
     if not possible or round(rows, 6) % 1:
@@ -485,7 +485,7 @@ def distillation_flags(parser):
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
     text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
-    text = "share of jumps from noise to data (default: 1/32; dmd 0.5)"
+    text = "share of jumps from noise to data (default: 1/32; dmd 1)"
     add("--boundary", type=fraction, help=text)
     add("--consistency-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")

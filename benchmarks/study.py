@@ -53,7 +53,7 @@ RUNS = [*STAGE1, *STAGE2, *LONGER, *DMD]
 
 BOTH = "--beta2 0.99 --ema 0.999 --diagonal-power 0"
 DISTIL = "--lr 1e-3 --diagonal-share 0.25 --diagonal-from stage1 --boundary 0.125"
-MATCH = "--loss dmd --boundary 1 --warmup 20"
+MATCH = "--loss dmd --warmup 20"
 SCORE = "--nfe 1 2 4 8 32 128 --batch-size 256 --judge-batch 64"
 TEXT = {
     "data": "data/stories",
