@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -448,6 +448,88 @@ def test_no_tensor_of_size_v(part, monkeypatch):
             params = [p for network in networks for p in network.parameters()]
             train_diagonal.gradients(params, objective, model, batches, part == "psd")
     assert V * 64 <= largest.elements < B * L * V // 2
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations, copies aside, on tensors of two devices. Scalars may be anywhere."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim}
+        copies = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
+        assert len(devices) < 2 or func.overloadpacket in copies, f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+class MetaDraw(Draw):
+    """Draws normals without values."""
+
+    def __init__(self, seed, step, rows, device, calls=0):
+        self.seed, self.step, self.rows, self.device, self.calls = seed, step, rows, device, calls
+
+    def part(self, mask):
+        return MetaDraw(self.seed, self.step, self.rows[mask], self.device, self.calls)
+
+    def normal(self, *shape):
+        return torch.empty(len(self.rows), *shape, device=self.device)
+
+
+@pytest.fixture
+def no_autocast(monkeypatch):
+    """Autocast knows no meta device."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+
+
+STEPS = [
+    "train_diagonal.py",
+    "train_diagonal.py --diagonal-power 0",
+    "distill.py --loss psd",
+    "distill.py --loss psd --divergence square --diagonal-from stage1",
+    "distill.py --loss psd --guidance 1.5",
+    "distill.py --loss lsd",
+    "distill.py --loss lsd --target logit",
+    "distill.py --loss esd",
+    "distill.py --loss esd --target signed --psd-share 0.25",
+    "distill.py --loss esd --joint",
+    "distill.py --loss dmd",
+    "distill.py --loss dmd --boundary 0.5 --diagonal-share 0.25 --diagonal-from stage1",
+]
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.5])
+@pytest.mark.parametrize("words", STEPS)
+def test_a_step_never_waits_for_the_gpu(words, lag, no_autocast, monkeypatch):
+    """A step on the meta device: reading a value or mixing it with the CPU, as on CUDA, fails."""
+    B, L, V = 16, 8, 300
+    args = resolved(words, monkeypatch)
+    config = ModelConfig(V, L, **SIZES["tiny"], position_lag=lag)
+    model, stage1, critic = (DiT(config).to("meta") for _ in range(3))
+    stage1.requires_grad_(False)
+    objective = functools.partial(train_diagonal.diagonal, power=args.diagonal_power)
+    params = list(model.parameters())
+    if words.startswith("distill"):
+        if args.guidance != 1:
+            stage1 = stage1.given(None, torch.arange(L, device="meta"))
+        objective = distill.distillation(args, None if args.joint else stage1, critic)
+        params += list(critic.parameters()) if args.loss == "dmd" else []
+    tokens = torch.empty(B, L, dtype=torch.long, device="meta")
+    batches = [(tokens, MetaDraw(0, 0, np.arange(B), torch.device("meta")))]
+    with OneDevice():
+        grads, _ = train_diagonal.gradients(params, objective, model, batches, args.surgery)
+    assert all(grad.device.type == "meta" for grad in grads)
+
+
+@pytest.mark.parametrize("nfe", [1, 3])
+@pytest.mark.parametrize("how", [{}, {"gamma": 0.5}, {"gamma": 1.0, "temperature": 0.7}])
+def test_sampling_never_waits_for_the_gpu(nfe, how, no_autocast):
+    """As for a step."""
+    model = DiT(ModelConfig(300, 8, **SIZES["tiny"])).to("meta")
+    draw = MetaDraw(0, 0, np.arange(4), torch.device("meta"))
+    normal = functools.partial(draw.normal, 8, model.noise_size)
+    with OneDevice():
+        rows = sample.generate(model, normal(), nfe, normal=normal, **how)
+    assert rows.shape == (4, 8)
 
 
 # ------------------------------------------------------------------------------------------------
