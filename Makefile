@@ -1,4 +1,4 @@
-# make demo      prepare the grammar, train, distil, sample, print a table (13 minutes)
+# make demo      prepare the grammar, train, distil, sample, print a table (ten minutes)
 # make test      the tests and the linter
 # make results [TEXT=stories.txt]    the losses side by side, three seeds (hours): results/README.md
 # Each makes its own virtual environment first. Needs Python 3.10 or newer with venv, and make.
@@ -20,10 +20,10 @@ demo: $(READY)
 	$(BIN)/python train_diagonal.py $(FLAGS) --size tiny --steps 2500 --warmup 100 \
 		--cooldown 2400 --lr 2.5e-3
 	$(BIN)/python distill.py $(FLAGS) --loss psd --divergence square --no-learned-weight \
-		--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.2 --steps 850 --warmup 50 \
-		--cooldown 800 --lr 1.5e-3
-	$(BIN)/python distill.py $(FLAGS) --loss dmd --checkpoint runs/grammar-psd --boundary 1 \
-		--steps 600 --warmup 20 --cooldown 300
+		--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.2 --steps 500 --warmup 50 \
+		--cooldown 450 --lr 1.5e-3
+	$(BIN)/python distill.py $(FLAGS) --loss dmd --checkpoint runs/grammar-psd \
+		--steps 1200 --warmup 20 --cooldown 600
 	$(BIN)/python evaluate.py --checkpoint $(RUNS) --nfe 1 2 4 8 64 --gamma 0 1 \
 		--num-samples 512 --batch-size 256 --show 3 --plot runs/demo.png
 
