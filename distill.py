@@ -517,9 +517,9 @@ def load_stage1(args, meta):
         stage1, found = load_model(args.stage1_checkpoint)
         args.stage1 = weights_digest(found["ema"])
         if args.stage1 != earlier["stage1"]:
-            found = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
+            problem = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
             recorded = earlier.get("stage1_checkpoint")
-            raise SystemExit(f"{found}, which was {recorded}: name that with --stage1-checkpoint")
+            raise SystemExit(f"{problem}, which was {recorded}: name that with --stage1-checkpoint")
     else:
         args.stage1_checkpoint = path
     model.train().requires_grad_(True)

@@ -509,8 +509,8 @@ class DiT(nn.Module):
 
         clean: the tokens of x1 (B, L), or x1 W itself (B, L, D), as of a soft sample.
         """
-        # F.embedding: the gradient of plain indexing is summed in random order on several threads.
         if not clean.is_floating_point():
+            # The gradient of plain indexing is summed in random order on several threads.
             clean = F.embedding(clean, self.embedding)
         noise = self.embed_noise(xi)
         return self.path.alpha(t)[..., None] * noise + self.path.beta(t)[..., None] * clean

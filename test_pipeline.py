@@ -461,24 +461,17 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class MetaDraw(Draw):
-    """Draws normals without values."""
-
-    def __init__(self, seed, step, rows, device, calls=0):
-        self.seed, self.step, self.rows, self.device, self.calls = seed, step, rows, device, calls
-
-    def part(self, mask):
-        return MetaDraw(self.seed, self.step, self.rows[mask], self.device, self.calls)
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Let a step run on the meta device, which knows neither autocast nor random numbers."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "Generator", Mock())
 
     def normal(self, *shape):
         return torch.empty(len(self.rows), *shape, device=self.device)
 
-
-@pytest.fixture
-def no_autocast(monkeypatch):
-    """Autocast knows no meta device."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(Draw, "normal", normal)
 
 
 STEPS = [
@@ -499,7 +492,7 @@ STEPS = [
 
 @pytest.mark.parametrize("lag", [0.0, 0.5])
 @pytest.mark.parametrize("words", STEPS)
-def test_a_step_never_waits_for_the_gpu(words, lag, no_autocast, monkeypatch):
+def test_a_step_never_waits_for_the_gpu(words, lag, on_meta, monkeypatch):
     """A step on the meta device: reading a value or mixing it with the CPU, as on CUDA, fails."""
     B, L, V = 16, 8, 300
     args = resolved(words, monkeypatch)
@@ -514,7 +507,7 @@ def test_a_step_never_waits_for_the_gpu(words, lag, no_autocast, monkeypatch):
         objective = distill.distillation(args, None if args.joint else stage1, critic)
         params += list(critic.parameters()) if args.loss == "dmd" else []
     tokens = torch.empty(B, L, dtype=torch.long, device="meta")
-    batches = [(tokens, MetaDraw(0, 0, np.arange(B), torch.device("meta")))]
+    batches = [(tokens, Draw(0, 0, np.arange(B), "meta"))]
     with OneDevice():
         grads, _ = train_diagonal.gradients(params, objective, model, batches, args.surgery)
     assert all(grad.device.type == "meta" for grad in grads)
@@ -522,10 +515,10 @@ def test_a_step_never_waits_for_the_gpu(words, lag, no_autocast, monkeypatch):
 
 @pytest.mark.parametrize("nfe", [1, 3])
 @pytest.mark.parametrize("how", [{}, {"gamma": 0.5}, {"gamma": 1.0, "temperature": 0.7}])
-def test_sampling_never_waits_for_the_gpu(nfe, how, no_autocast):
+def test_sampling_never_waits_for_the_gpu(nfe, how, on_meta):
     """As for a step."""
     model = DiT(ModelConfig(300, 8, **SIZES["tiny"])).to("meta")
-    draw = MetaDraw(0, 0, np.arange(4), torch.device("meta"))
+    draw = Draw(0, 0, np.arange(4), "meta")
     normal = functools.partial(draw.normal, 8, model.noise_size)
     with OneDevice():
         rows = sample.generate(model, normal(), nfe, normal=normal, **how)
