@@ -518,8 +518,8 @@ def load_stage1(args, meta):
         args.stage1 = weights_digest(found["ema"])
         if args.stage1 != earlier["stage1"]:
             problem = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
-            recorded = earlier.get("stage1_checkpoint")
-            raise SystemExit(f"{problem}, which was {recorded}: name that with --stage1-checkpoint")
+            was = f" ({earlier['stage1_checkpoint']})" if earlier.get("stage1_checkpoint") else ""
+            raise SystemExit(f"{problem}: name that one{was} with --stage1-checkpoint")
     else:
         args.stage1_checkpoint = path
     model.train().requires_grad_(True)

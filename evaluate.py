@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prepare_data
-from model import Draw, logit_chunks, replacing, resolve_machine
+from model import Draw, logit_chunks, lowered, replacing, resolve_machine
 from prepare_data import Help, decode, encoder, positive, read_meta, read_rows, reason
-from sample import check_output, draw_samples, load_sampler, sampling_flags
+from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
 # ------------------------------------------------------------------------------------------------
 # Generative perplexity.
@@ -440,8 +440,9 @@ def parse_args():
     resolve_machine(args)
     if not args.checkpoint and not args.samples:
         args.checkpoint = [Path("runs/owt-esd")]
-    if args.bound and not args.checkpoint:
-        raise SystemExit("--bound is computed from a model: name one with --checkpoint")
+    if (args.bound or args.entropy) and not args.checkpoint:
+        flag = "--bound" if args.bound else "--entropy"
+        raise SystemExit(f"{flag} needs a model: name one with --checkpoint")
     if args.entropy and any(args.temperature):
         raise SystemExit("--entropy chooses the temperature: drop --temperature")
     if args.output:
@@ -471,6 +472,29 @@ def temperature_at(target, entropy):
     return high
 
 
+def draw_at_entropy(draw, target):
+    """(temperature, ids): samples whose mean entropy is `target`, as near as `temperature_at` gets.
+
+    The network runs once. Only the draw of the last jump's tokens is repeated, with the same
+    uniforms, from the hidden vectors of all samples, which stay on the device.
+    """
+    kept = []
+
+    def keep(head, hidden, temperature, uniform):
+        hidden = [(weight, lowered(h)) for weight, h in hidden]
+        kept.append((lowered(head), hidden, uniform))
+        return torch.zeros(hidden[0][1].shape[:-1], dtype=torch.long)
+
+    draw(temperature=1.0, finish=keep)
+
+    def redraw(temperature):
+        parts = [choose(head, hidden, temperature, uniform) for head, hidden, uniform in kept]
+        return torch.cat(parts).cpu().numpy()
+
+    temperature = temperature_at(target, lambda value: entropies(redraw(value)).mean())
+    return temperature, redraw(temperature)
+
+
 def model_rows(args, scorer, name, model, euler):
     """Rows of the table for one model: every combination of NFE, gamma and temperature."""
     rows = []
@@ -480,12 +504,11 @@ def model_rows(args, scorer, name, model, euler):
         if nfe == 1 and gamma != args.gamma[0]:
             continue  # gamma acts between jumps
         draw = functools.partial(draw_samples, model, nfe, args.num_samples, gamma=gamma, **how)
-        if args.entropy:
-            temperature = temperature_at(
-                args.entropy, lambda value, draw=draw: entropies(draw(temperature=value)).mean()
-            )
         start = time.perf_counter()
-        ids = draw(temperature=temperature)
+        if args.entropy:
+            temperature, ids = draw_at_entropy(draw, args.entropy)
+        else:
+            ids = draw(temperature=temperature)
         seconds = time.perf_counter() - start
         facts = dict(nfe=nfe, gamma=gamma, temperature=temperature)
         row = scorer.score(name, ids, sampler="euler" if euler else "flow-map", **facts)

@@ -40,6 +40,7 @@ def generate(
     normal=None,
     watch=None,
     select=None,
+    finish=None,
 ):
     """Tokens (B, L), int64, from standard normals xi (B, L, model.noise_size), in `nfe` jumps.
 
@@ -53,6 +54,7 @@ def generate(
     normal(): returns fresh normals like xi, for gamma and temperature.
     watch(h): called with the hidden vectors (B, L, D) of each evaluation.
     select(y, t): returns the states to continue with, after each jump but the last.
+    finish: turns the last hidden vectors into tokens, instead of `choose`, whose arguments it gets.
     """
     y = model.embed_noise(xi)
     networks = branches(model, guidance)
@@ -71,7 +73,7 @@ def generate(
             y = select(y, t)
     # A draw needs one uniform for each position: Phi of a fresh normal.
     uniform = torch.special.ndtr(normal()[..., 0]).flatten() if temperature else None
-    return choose(model.head, hidden, temperature, uniform)
+    return (finish or choose)(model.head, hidden, temperature, uniform)
 
 
 def jump_times(model, nfe, gamma, like):

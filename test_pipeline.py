@@ -1133,11 +1133,15 @@ def test_equal_entropy(work):
     assert evaluate.temperature_at(0.5, lambda T: T) == pytest.approx(0.5, abs=0.01)
     assert evaluate.temperature_at(0.5, lambda T: 0.6 + T) == 0
     assert evaluate.temperature_at(9, lambda T: T) == 2
-    flags = ["--checkpoint", "runs/grammar-diagonal", "--num-samples", 64, "--nfe", 1, "--entropy"]
-    for target in (1.5, 2.0):
-        row = evaluated(work, *flags, target)[0]["results"][-1]
+    flags = ["--checkpoint", "runs/grammar-diagonal", "--num-samples", 64, "--nfe", 2, "--gamma", 1]
+    model, _ = load_model(work / "runs/grammar-diagonal")
+    for target, dtype in ((1.9, "float32"), (2.0, "bfloat16")):
+        row = evaluated(work, *flags, "--entropy", target, "--dtype", dtype)[0]["results"][-1]
         assert row["entropy"] == pytest.approx(target, abs=0.01)
         assert 0 < row["temperature"] < 2
+        how = dict(euler=True, gamma=1.0, temperature=row["temperature"], dtype=dtype)
+        ids = sample.draw_samples(model, 2, 64, 64, 0, **how)
+        assert row["entropy"] == evaluate.entropies(ids).mean()
 
 
 def test_evaluate_samples(letters, judge):
@@ -1212,6 +1216,7 @@ MISTAKES = [
     ("sample.py --checkpoint any --prompt some --length 30", "--block-size"),
     ("sample.py --checkpoint guided --prompt some --guidance 2", "--guidance"),
     ("evaluate.py --checkpoint trained --entropy 3 --temperature 1", "drop --temperature"),
+    ("evaluate.py --samples short.txt --data grammar --entropy 2", "--checkpoint"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples floats.npy --data grammar", "float64"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),

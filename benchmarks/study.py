@@ -255,8 +255,8 @@ def main():
     help = "these runs beside `diagonal`: " + " ".join(RUNS)
     add("--only", nargs="+", choices=RUNS, default=[*STAGE1, *STAGE2], metavar="RUN", help=help)
     add("--folder", type=Path, default=Path("runs/study"), help="of all studies")
-    help = "the run that those of stage 2 are compared with"
-    add("--baseline", choices=RUNS, default="psd", metavar="RUN", help=help)
+    help = "compare those of stage 2 with this one (default: the first of --only)"
+    add("--baseline", choices=RUNS, metavar="RUN", help=help)
     add("--entropy", type=float, help="score at this entropy (nats), 64 NFE of stage 1 and 1 to 8")
     add("--table", action="store_true", help="train nothing, print the table")
     add("--plot", type=Path, help="PNG to draw: the first score against NFE")
@@ -272,7 +272,8 @@ def main():
     found = [run for run in gather(study, folder, file) if run["run"] in names]
     if not found:
         raise SystemExit(f"no evaluated run in {folder}; drop --table to train some")
-    print(table(compare(study, found, args.baseline)))
+    baseline = args.baseline or next((name for name in names if name not in STAGE1), "psd")
+    print(table(compare(study, found, baseline)))
     if args.plot:
         draw(study, found, args.plot)
         print(f"drawn to {args.plot}")
