@@ -504,15 +504,17 @@ def model_rows(args, scorer, name, model, euler):
         if nfe == 1 and gamma != args.gamma[0]:
             continue  # gamma acts between jumps
         draw = functools.partial(draw_samples, model, nfe, args.num_samples, gamma=gamma, **how)
-        start = time.perf_counter()
+        speed = {}
         if args.entropy:
             temperature, ids = draw_at_entropy(draw, args.entropy)
         else:
+            start = time.perf_counter()
             ids = draw(temperature=temperature)
-        seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            speed["seconds_per_1000"] = 1000 * seconds / len(ids)
         facts = dict(nfe=nfe, gamma=gamma, temperature=temperature)
         row = scorer.score(name, ids, sampler="euler" if euler else "flow-map", **facts)
-        rows.append(row | {"seconds_per_1000": 1000 * seconds / len(ids)})
+        rows.append(row | speed)
     return rows
 
 

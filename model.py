@@ -221,7 +221,7 @@ def attention_tangent(q, k, v, dq, dk, dv):
     """Derivative of `attention` (not causal): no fused kernel has one. In chunks of queries."""
     B, heads, L, d = q.shape
     out = torch.empty_like(q)
-    for rows in chunks(L, B * heads * k.shape[-2]):
+    for rows in chunks(L, B * heads * k.shape[-2], k.device):
         weights = (q[:, :, rows] @ k.transpose(-2, -1) * d**-0.5).softmax(-1).to(v.dtype)
         d_scores = dq[:, :, rows] @ k.transpose(-2, -1) + q[:, :, rows] @ dk.transpose(-2, -1)
         d_scores = d_scores * d**-0.5
@@ -605,18 +605,36 @@ def probabilities(z):
     return softmax(z).to(z.dtype)
 
 
-def chunks(rows, width):
-    """Slices of 2^k rows of a (rows, width) temporary: 1/32 of it, from 2^22 to 2^25 values."""
-    elements = min(max(rows * width // 32, 1 << 22), 1 << 25)
+def chunks(rows, width, device):
+    """Slices of 2^k rows of a (rows, width) temporary: 1/32 of it, from 2^22 to 2^25 values.
+
+    On CUDA about 1/128 of the card's memory in float32 (4,096 rows of GPT-2's vocabulary on 80 GB),
+    because every chunk reads and writes a whole (V, D) gradient. Free memory is not asked, so that
+    a run repeats.
+    """
+    if device.type == "cuda":
+        elements = torch.cuda.get_device_properties(device).total_memory // 512
+    else:
+        elements = min(max(rows * width // 32, 1 << 22), 1 << 25)
     step = 1 << max(0, round(math.log2(elements / width)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def add_product(total, a, b):
+    """total += a @ b, if possible without a temporary and without rounding the product first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # not offered on a CPU: the product is rounded
+        total += a @ b
 
 
 def logit_chunks(h, head):
     """Yield (rows, logits (n, V)) for hidden vectors h (..., D), rows being a slice of them all."""
     flat = lowered(h).flatten(0, -2)
     low_head = lowered(head)
-    for rows in chunks(len(flat), len(head)):
+    for rows in chunks(len(flat), len(head), head.device):
         yield rows, flat[rows] @ low_head.T
 
 
@@ -653,7 +671,7 @@ class HeadLoss(torch.autograd.Function):
         loss_of = maybe_compiled(weighted(divergence.function, c, r), compiled)
         total = scale.new_zeros(())
         reports = []
-        for rows in chunks(len(h), len(head)):
+        for rows in chunks(len(h), len(head), head.device):
             inputs = (x[rows] for x in divergence.by_row)
             z = low_h[rows] @ low_head.T
             loss, report, g = loss_of(z, scale[rows], *inputs, *divergence.shared)
@@ -661,10 +679,8 @@ class HeadLoss(torch.autograd.Function):
             reports.append(report)
             if grad_h is not None:
                 grad_h[rows] = g @ low_head
-            if grad_head is not None and g.dtype == grad_head.dtype:
-                grad_head.addmm_(g.T, low_h[rows])  # without a temporary (V, D)
-            elif grad_head is not None:
-                grad_head += g.T @ low_h[rows]
+            if grad_head is not None:
+                add_product(grad_head, g.T, low_h[rows])
         ctx.found = grad_h, grad_head
         return total, {name: torch.cat([part[name] for part in reports]) for name in reports[0]}
 
@@ -719,7 +735,6 @@ class Draw:
         self.rows = np.asarray(rows)
         self.device = device
         self.calls = calls
-        self.generator = torch.Generator(device=device)
 
     def part(self, mask):
         """The same draw for the rows where the bool array `mask` (n,) is true."""
@@ -728,12 +743,13 @@ class Draw:
     def normal(self, *shape):
         """Standard normals, float32 (n, *shape) on the device."""
         self.calls += 1
+        generator = torch.Generator(device=self.device)
         out = torch.empty(len(self.rows), *shape, device=self.device)
         for row, index in zip(out, self.rows.tolist(), strict=True):
             sequence = np.random.SeedSequence([self.seed, self.step, self.calls, index])
             state = sequence.generate_state(1, np.uint64)[0]
-            self.generator.manual_seed(int(state >> np.uint64(1)))
-            torch.randn(shape, generator=self.generator, device=self.device, out=row)
+            generator.manual_seed(int(state >> np.uint64(1)))
+            torch.randn(shape, generator=generator, device=self.device, out=row)
         return out
 
     def shared(self):

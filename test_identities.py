@@ -48,7 +48,7 @@ def patched(monkeypatch):
     """The new path, and more than one chunk in loops over chunks, however small the tensor."""
     monkeypatch.setitem(INTERPOLANTS, "quadratic", QUADRATIC)
     monkeypatch.setattr(
-        net, "chunks", lambda n, _: [slice(i, i + n // 3 + 1) for i in range(0, n, n // 3 + 1)]
+        net, "chunks", lambda n, *_: [slice(i, i + n // 3 + 1) for i in range(0, n, n // 3 + 1)]
     )
 
 
@@ -838,17 +838,23 @@ def test_position_lag(schedule):
     assert torch.equal(block.times(tau), model.times(tau, 2))
 
 
-def test_sizes():
-    """The base model has the paper's 170M parameters. Chunks cover all rows, 2^25 logits each."""
+def test_sizes(monkeypatch):
+    """The base model has the paper's 170M parameters. Chunks cover all rows, 2^25 logits each.
+
+    On a card of 80 GB they have 4,096 rows.
+    """
     config = ModelConfig(50257, 1024, **net.SIZES["base"])
     with torch.device("meta"):
         block = sum(p.numel() for p in net.Block(config).parameters())
     total = block * config.layers + 2 * config.vocab_size * config.width  # and the time's part
     assert round(total / 1e6) == 169
     for rows, vocab in ((1, 50257), (1000, 27), (65536, 50257)):
-        found = CHUNKS(rows, vocab)
+        found = CHUNKS(rows, vocab, torch.device("cpu"))
         assert [i for part in found for i in range(rows)[part]] == list(range(rows))
         assert all(len(range(rows)[part]) * vocab < 1.5 * 2**25 for part in found)
+    card = SimpleNamespace(total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert CHUNKS(65536, 50257, torch.device("cuda"))[0] == slice(0, 4096)
 
 
 @pytest.mark.parametrize("causal", [False, True])
