@@ -5,6 +5,7 @@ tiktoken_cache/, bert-base-uncased/vocab.txt). Without that variable they are sk
 """
 
 import argparse
+import copy
 import functools
 import io
 import itertools
@@ -1398,3 +1399,58 @@ def test_benchmarks_and_examples_start(path, monkeypatch, capsys):
         runpy.run_path(str(path), run_name="__main__")
     assert not stop.value.code
     assert "usage:" in capsys.readouterr().out
+
+
+def test_precision(work, monkeypatch):
+    """In bfloat16 gradients are those of float32 to a few per cent, for each loss at all times."""
+    monkeypatch.syspath_prepend(HERE / "benchmarks")
+    import precision
+
+    stage1, saved = load_model(work / "runs/grammar-diagonal")
+    model = copy.deepcopy(stage1).requires_grad_(True)
+    model.head.data.mul_(0.8)  # or dmd has nothing to match
+    model.embedding.requires_grad_(False)
+    rows = read_rows(work / "data/grammar", "val", saved["meta"])[:64]
+    bounds = {"diagonal": 0.012, "psd": 0.1, "lsd": 0.0125, "esd": 0.08, "dmd": 0.02}
+    for row in precision.errors(model, stage1, torch.from_numpy(rows.astype(np.int64))):
+        bound = bounds[row.pop("loss")]
+        assert all(error < bound for error in row.values()), (bound, row)
+
+
+def test_sampling_in_bfloat16_keeps_its_times(work):
+    """Under autocast the network gets the times of float32, and a float32 state, at each jump."""
+    model, _ = load_model(work / "runs/grammar-diagonal")
+    calls = {}
+    for dtype in ("float32", "bfloat16"):
+        calls[dtype] = []
+        keep = functools.partial(lambda kept, _, inputs: kept.append(inputs), calls[dtype])
+        hook = model.register_forward_pre_hook(keep)
+        sample.draw_samples(model, 8, 4, 4, seed=0, dtype=dtype)
+        hook.remove()
+    for exact, rough in zip(*calls.values(), strict=True):
+        assert all(x.dtype == torch.float32 for x in (*exact[:3], *rough[:3]))
+        assert all(torch.equal(a, b) for a, b in zip(exact[1:3], rough[1:3], strict=True))
+        assert (exact[0] - rough[0]).norm() < 0.05 * exact[0].norm()
+    assert len(calls["float32"]) == 8
+
+
+def test_gpu_dry_run(tmp_path):
+    """All that is to be measured on a GPU runs at toy size; what ended well is not repeated."""
+    flags = ["--dry-run", "--out", tmp_path / "all"]
+    assert "prepare_data.py" in finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
+    lines = (tmp_path / "all/record.jsonl").read_text().splitlines()
+    assert [json.loads(line)["code"] for line in lines] == [0] * 17
+    agreement = json.loads((tmp_path / "all/ranks.json").read_text())
+    assert all(float(row["furthest from bfloat16"]) < 1e-2 for row in agreement)
+    assert json.loads((tmp_path / "all/scores.json").read_text())["bound"]
+    again = finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
+    assert "prepare_data.py" not in again
+
+
+def test_gpu_goes_on_after_a_failure(tmp_path):
+    """A command that fails is recorded and reported, with a pointer to its output."""
+    flags = ["--dry-run", "--parts", "psd", "--out", tmp_path / "o"]
+    output = finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path, codes=(1,))
+    assert "o/psd.log" in output
+    assert "some commands failed" in output
+    assert "runs/diagonal" in (tmp_path / "o/psd.log").read_text()

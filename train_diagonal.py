@@ -511,11 +511,15 @@ def start_ranks(args):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
+    backend = "gloo"
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)
         torch.cuda.set_device(device)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:  # NCCL refuses a shared GPU
+            backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group(backend)
         # At exit, so that after a failure this rank's own message is printed first.
         atexit.register(dist.destroy_process_group)
     rows = world * args.micro_batch

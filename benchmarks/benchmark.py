@@ -4,13 +4,15 @@
     python benchmarks/benchmark.py --size tiny --vocab-size 5000 --seq-len 128 --rows 8
     python benchmarks/benchmark.py --parts memory    # no time and no memory at any size
 
-Four parts: `steps` (training), `sampling`, `memory` (of a step, as V and L grow) and `fit` (rows
-that fit on a GPU). The training steps, each with backward pass, clipping and Adam:
+Five parts: `steps` (training), `sampling`, `memory` (of a step, as V and L grow), `fit` (rows that
+fit on a GPU) and `kernels` (the slowest of a step). The training steps, each with backward pass,
+clipping and Adam:
 
     diagonal      ours: noise in the embedding, cross-entropy in chunks of rows
     V-sized       the peers' way: one-hot rows and noise of size V times W, and all logits at once
     next token    the same backbone, causal, with our cross-entropy: the floor
     psd ...       every row of the step learns one identity, teacher included
+    dmd           every row matches distributions, stage 1 and the critic included
 
 The steps take turns. Times are medians over --repeats rounds, after one of warm-up. Memory is the
 peak beyond weights, gradients and optimizer state, which all steps share: the sizes of all tensors
@@ -58,7 +60,7 @@ from model import (
 )
 from prepare_data import Help
 from sample import check_output, generate
-from train_diagonal import cross_entropy, diagonal, gradients
+from train_diagonal import PEAK_FLOPS, cross_entropy, diagonal, flops_per_row, gradients
 
 # ------------------------------------------------------------------------------------------------
 # The steps, as objectives of train_diagonal.
@@ -91,16 +93,22 @@ def next_token(model, tokens, draw):
     return {"next": loss}, {}
 
 
-def identity(loss, teacher, model, tokens, draw):
-    """All rows of the step on one identity, with the defaults of distill."""
+def identity(loss, teacher, critic, model, tokens, draw):
+    """All rows of the step on one loss of distill.py, with its defaults."""
     args = SimpleNamespace(target="logit", divergence="kl", boundary=1 / 32)
+    if loss == "dmd":
+        args.boundary = 1.0
+        return distill.matching(model, critic, teacher, tokens, draw, args)
     args.learned_weight = True
     args.consistency_power = 0.5
     return distill.consistency(model, teacher or model, tokens, draw, args, loss)
 
 
 OBJECTIVES = {"diagonal": diagonal, "V-sized": v_sized, "next token": next_token}
-STEPS = [*OBJECTIVES, *distill.TEACHERS]
+# {step: forward passes a row, a backward pass counted as two}
+PASSES = dict.fromkeys(OBJECTIVES, 3) | dict.fromkeys(distill.TEACHERS, 5) | {"dmd": 7}
+STEPS = list(PASSES)
+FROZEN = ("lsd", "esd", "dmd")  # steps with a frozen stage 1
 
 
 @torch.no_grad()
@@ -157,7 +165,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def counted(args, vocab_size, rows, seq_len, call, teacher=False):
+def counted(args, vocab_size, rows, seq_len, call, names=()):
     """(bytes of the state, peak bytes beyond it) of call(bench), on fake tensors."""
     config = ModelConfig(vocab_size, seq_len, **SIZES[args.size])
     knots = schedule_table(config.schedule, vocab_size, config.schedule_blend)
@@ -165,7 +173,7 @@ def counted(args, vocab_size, rows, seq_len, call, teacher=False):
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     # The schedule's knots must have values, so they are computed before tensors are fake.
     with mock.patch("model.schedule_table", lambda *_: knots), fake:
-        bench = Bench(args, vocab_size, rows, seq_len, teacher)
+        bench = Bench(args, vocab_size, rows, seq_len, names)
         with LiveBytes(bench.state()) as live:
             call(bench)
     return live.start, live.peak - live.start
@@ -178,7 +186,7 @@ def counted_step(args, name, vocab_size, rows, seq_len, checkpointing=False):
         bench.model.activation_checkpointing = checkpointing
         bench.call(name)()
 
-    return counted(args, vocab_size, rows, seq_len, call, teacher=name in ("lsd", "esd"))
+    return counted(args, vocab_size, rows, seq_len, call, [name])
 
 
 def interleaved(calls, repeats, device):
@@ -208,9 +216,12 @@ def interleaved(calls, repeats, device):
 
 
 class Bench:
-    """One network with its optimizer, and a step on random tokens by any objective."""
+    """One network with its optimizer, and a step on random tokens by any objective.
 
-    def __init__(self, args, vocab_size, rows, seq_len, teacher=False):
+    names: the steps to be made, which decide whether there are a stage 1 and a critic.
+    """
+
+    def __init__(self, args, vocab_size, rows, seq_len, names=()):
         torch.manual_seed(0)
         self.device = torch.device(args.device)
         self.rows = rows
@@ -218,48 +229,62 @@ class Bench:
         bf16 = args.dtype == "bfloat16"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         config = ModelConfig(vocab_size, seq_len, **SIZES[args.size])
-        self.networks = [DiT(config) for _ in range(1 + teacher)]
+        count = 1 + any(name in FROZEN for name in names) + ("dmd" in names)
+        self.networks = [DiT(config) for _ in range(count)]
         if args.device != "cpu":  # moving would replace fake parameters
             self.networks = [network.to(self.device) for network in self.networks]
         if args.compile:
             for network in self.networks:
                 network.compile_parts()
-        self.model = self.networks[0]
-        self.teacher = self.networks[1].requires_grad_(False) if teacher else None
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p)
-        self.optimizer.step()  # makes its state, before anything is measured
+        self.model, self.teacher, self.critic = [*self.networks, None, None][:3]
+        if self.teacher:
+            self.teacher.requires_grad_(False)
+        self.trained = [network for network in (self.model, self.critic) if network]
+        self.optimizers = []
+        for network in self.trained:
+            optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
+            for p in network.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()  # makes its state, before anything is measured
+            self.optimizers.append(optimizer)
         self.tokens = torch.randint(vocab_size, (rows, seq_len), device=self.device)
         self.factor = self.model.noise_factor().detach()
 
     def state(self):
         """The tensors that outlive a step: weights, gradients, optimizer state, a teacher."""
         weights = [[*network.parameters(), *network.buffers()] for network in self.networks]
-        grads = [p.grad for p in self.model.parameters()]
-        moments = [list(state.values()) for state in self.optimizer.state.values()]
+        grads = [p.grad for network in self.trained for p in network.parameters()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        moments = [list(state.values()) for state in states]
         return weights, grads, moments, self.tokens, self.factor
 
-    def step(self, objective, stage2):
-        """One optimizer step. Stage 2 freezes W and holds the noise factor."""
+    def step(self, objective, stage2, networks=1):
+        """One step of the first `networks` networks. Stage 2 freezes W and holds the noise factor.
+
+        Only dmd trains a second one, the critic.
+        """
         self.count += 1
-        self.model.embedding.requires_grad_(not stage2)
         self.model.held_factor = self.factor if stage2 else None
-        params = [p for p in self.model.parameters() if p.requires_grad]
+        for network in self.trained:
+            network.embedding.requires_grad_(not stage2)
+        trained = [[p for p in n.parameters() if p.requires_grad] for n in self.trained[:networks]]
+        params = [p for group in trained for p in group]
         draw = Draw(0, self.count, np.arange(self.rows), self.device)
         with self.autocast:
             grads, _ = gradients(params, objective, self.model, [(self.tokens, draw)], False)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        self.optimizer.step()
+        for group, optimizer in zip(trained, self.optimizers, strict=False):
+            torch.nn.utils.clip_grad_norm_(group, 1.0)
+            optimizer.step()
 
     def call(self, name):
         """The step with this name, as a function without arguments."""
         if name in OBJECTIVES:
             return functools.partial(self.step, OBJECTIVES[name], stage2=False)
-        objective = functools.partial(identity, name, self.teacher)
-        return functools.partial(self.step, objective, stage2=True)
+        objective = functools.partial(identity, name, self.teacher, self.critic)
+        networks = 2 if name == "dmd" else 1
+        return functools.partial(self.step, objective, stage2=True, networks=networks)
 
     def sample(self, function, nfe):
         self.model.held_factor = self.factor
@@ -274,14 +299,20 @@ class Bench:
 
 def steps(args):
     """Training steps: seconds and memory."""
-    bench = Bench(args, args.vocab_size, args.rows, args.seq_len, teacher=True)
+    bench = Bench(args, args.vocab_size, args.rows, args.seq_len, args.only)
     calls = {name: bench.call(name) for name in args.only}
     results = interleaved(calls, args.repeats, bench.device)
     first = results[args.only[0]]["seconds"]
+    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     rows = []
     for name, result in results.items():
         _, added = counted_step(args, name, args.vocab_size, args.rows, args.seq_len)
         row = {"step": name, f"of {args.only[0]}": result["seconds"] / first} | result
+        a_second = args.rows / result["seconds"]
+        row["tokens_per_second"] = a_second * args.seq_len
+        flops = PASSES[name] * flops_per_row(bench.model, args.seq_len)
+        row["mfu"] = a_second * flops / peak if peak else None
         rows.append(row | {"counted_gb": added / 1e9})
     return rows
 
@@ -330,7 +361,8 @@ def fit(args):
         size = args.seq_len, checkpointing
         state, low = counted_step(args, name, args.vocab_size, 16, *size)
         _, high = counted_step(args, name, args.vocab_size, 32, *size)
-        state += state // (5 if name in ("lsd", "esd") else 4)  # the averaged weights
+        # The averaged weights. Of a trained network there are four copies, of stage 1 one.
+        state += state // {"lsd": 5, "esd": 5, "dmd": 9}.get(name, 4)
         a_row = (high - low) / 16
         fixed = low - 16 * a_row
         row = {"step": name, "checkpointing": "yes" if checkpointing else "no"}
@@ -341,7 +373,31 @@ def fit(args):
     return rows
 
 
-PARTS = {"steps": steps, "sampling": sampling, "memory": memory, "fit": fit}
+def kernels(args):
+    """The five kernels that take the most time in the first step of --only."""
+    bench = Bench(args, args.vocab_size, args.rows, args.seq_len, args.only[:1])
+    call = bench.call(args.only[0])
+    call()
+    with torch.profiler.profile() as profiler:
+        call()
+        getattr(torch, bench.device.type).synchronize()
+    on = "device" if bench.device.type == "cuda" else "cpu"
+    spent = {e.key: getattr(e, f"self_{on}_time_total") for e in profiler.key_averages()}
+    total = sum(spent.values())
+    slowest = sorted(spent, key=spent.get, reverse=True)[:5]
+    return [
+        {"kernel": name[:80], "milliseconds": spent[name] / 1e3, "share": spent[name] / total}
+        for name in slowest
+    ]
+
+
+PARTS = {
+    "steps": steps,
+    "sampling": sampling,
+    "memory": memory,
+    "fit": fit,
+    "kernels": kernels,
+}
 
 
 def main():
