@@ -288,6 +288,11 @@ def encoder(meta):
     return encode
 
 
+# How text in BERT's tokens is joined as people write it, in this order: as transformers 4 does.
+CLEAN_UP = {f" {mark}": mark for mark in ".?!,"} | {" ' ": "'"}
+CLEAN_UP |= {f" {ending}": ending for ending in ("n't", "'m", "'s", "'ve", "'re")}
+
+
 def decode(meta, ids):
     """Turn token ids (a sequence of ints) into text, without the padding at the end."""
     ids = [int(i) for i in ids]
@@ -298,6 +303,8 @@ def decode(meta, ids):
     text = meta["join"].join(meta["vocab"][i] for i in ids)
     if meta["tokenizer"] == "bert":
         text = text.replace(" ##", "")  # "##" marks a piece that continues a word
+        for apart, joined in CLEAN_UP.items():
+            text = text.replace(apart, joined)
     return text
 
 

@@ -906,6 +906,34 @@ def test_real_text_gpt2(tmp_path, judge, monkeypatch):
     assert real["copied_4"] > max(shuffled["copied_4"], unigram["copied_4"])
 
 
+CLEANED = {  # pieces -> text, as transformers 4 decodes them
+    'the arrest , " he said .': 'the arrest, " he said.',
+    "i ' m here": "i'm here",
+    "it ' s john ' s": "it's john's",
+    "do n't , they 've": "don't, they've",
+    "who ? me !": "who? me!",
+    "we 're what i 'm": "we're what i'm",
+    "rock ' n ' roll": "rock'n'roll",
+    "the boys ' . end": "the boys '. end",
+    "3 . 5 % , 1 , 000": "3. 5 %, 1, 000",
+    "wait . . . what": "wait... what",
+    "a - b ; c : d ( e )": "a - b ; c : d ( e )",
+    "un ##aff ##able , yes": "unaffable, yes",
+    "[CLS] ' s [SEP] , .": "[CLS]'s [SEP],.",
+    "can ' t . ' no '": "can't.'no '",
+    ". start": ". start",
+}
+
+
+@pytest.mark.parametrize("pieces", CLEANED)
+def test_bert_text_is_joined_as_people_write_it(pieces):
+    """As transformers 4 decodes it: no space before . ? ! , nor around an apostrophe."""
+    vocab = ["[PAD]", *pieces.split()]
+    meta = dict(tokenizer="bert", vocab=vocab, join=" ", pad_id=0)
+    ids = range(1, len(vocab))
+    assert decode(meta, [*ids, 0, 0]) == CLEANED[pieces]
+
+
 @needs_data
 def test_real_text_bert(tmp_path):
     """LM1B sentences through bert-base-uncased: rows [CLS] ... [SEP] of 128, ## pieces joined."""
@@ -922,6 +950,11 @@ def test_real_text_bert(tmp_path):
     rows = read_rows(tmp_path / "data/lm1b", "train", meta)
     assert (rows[:, [0, -1]] == [101, 102]).all()
     assert (rows[:, 1:-1] == 102).sum() == pytest.approx(380, abs=20)  # between two sentences
+    from transformers import BertTokenizerFast
+
+    bert = BertTokenizerFast.from_pretrained(Path(TEST_DATA) / "bert-base-uncased")
+    for row in rows[:200].tolist():
+        assert decode(meta, row) == bert.decode(row, clean_up_tokenization_spaces=True)
     first = decode(meta, rows[0, 1:-1]).replace("[SEP]", "")
     letters = re.sub(r"\W", "", first)
     assert re.sub(r"\W", "", "".join(lines).lower()).startswith(letters[:300])
