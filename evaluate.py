@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import prepare_data
 from model import Draw, logit_chunks, lowered, replacing, resolve_machine
-from prepare_data import Help, decode, encoder, positive, read_meta, read_rows, reason
+from prepare_data import Help, decode, encoder, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
 # ------------------------------------------------------------------------------------------------
@@ -193,6 +193,14 @@ def control_rows(meta, train, val, count, seed):
     return {"validation rows": real, "their words shuffled": shuffled, "unigram draws": unigram}
 
 
+def json_text(number, line):
+    """The text of a line {"text": ...}; ValueError if there is none."""
+    try:
+        return json.loads(line)["text"] + ""  # TypeError unless a string
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"line {number} has no string at the key 'text': {line:.40}") from None
+
+
 def read_samples(path, meta):
     """(rows of ids, texts) from a file. Rows are None if no data set says how to tokenise."""
     expected = "expected a .jsonl of {'text': ...}, a .npy of ids, or text with one sample a line"
@@ -208,12 +216,12 @@ def read_samples(path, meta):
             return rows.astype(np.int64), [decode(meta, row) for row in rows]
         texts = path.read_text(encoding="utf-8-sig").splitlines()
         if path.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] + "" for line in texts]  # TypeError unless a string
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
+    except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
     if not texts:
         raise SystemExit(f"--samples {path} is empty; {expected}")
-    print(f"{path}: {len(texts)} samples, {sum(not text for text in texts)} of them empty")
+    say(f"{path}: {len(texts)} samples, {sum(not text for text in texts)} of them empty")
     return (to_ids(texts, meta) if meta else None), texts
 
 
@@ -348,7 +356,8 @@ class Scorer:
         """One row of the table, for samples as rows of ids, or as texts if there is no data set."""
         texts = texts or [decode(self.meta, row) for row in rows]
         if rows is None:  # the judge's own tokens
-            rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            cut = dict(add_special_tokens=False, truncation=True, max_length=self.length)
+            rows = self.tokenizer(texts, **cut)["input_ids"]
         weights = resamples(len(rows))
         result = {"model": name, **facts, "samples": len(rows)}
         extra = {}
@@ -367,7 +376,7 @@ class Scorer:
             rows = [row[row != self.meta["pad_id"]] for row in rows]
         result |= extra | diversity(rows, self.known)
         for text in texts[: self.args.show]:
-            print(f"    {name}: {text!r}")
+            say(f"    {name}: {text!r}")
         return result
 
 
@@ -529,13 +538,20 @@ def main():
     folder = args.data
     if folder is None and loaded:
         folder = Path(loaded[-1][1]["args"]["data"])
+        if not folder.is_dir():
+            found = f"{args.checkpoint[-1]} was trained on {folder}, which is not here"
+            raise SystemExit(f"{found}: run from where it is, or name it with --data")
     meta = train = None
     if folder:
         meta = read_meta(folder)
         train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
         train = train[:: math.ceil(len(train) / 50_000)]  # at most 50,000 rows, evenly spaced
+        if (largest := max(train.max(), val.max())) >= meta["vocab_size"]:
+            found = f"{folder} holds token {largest}, V is {meta['vocab_size']}"
+            raise SystemExit(f"{found}; {prepare_data.AGAIN}")
     for path, (_, checkpoint, _) in zip(args.checkpoint, loaded, strict=True):
-        prepare_data.same_tokens(path, checkpoint["meta"], folder, meta)
+        same_rows = args.data is None  # another data set must be asked for
+        prepare_data.same_tokens(path, checkpoint["meta"], folder, meta, same_rows)
     samples = [read_samples(path, meta) for path in args.samples]
     scorer = Scorer(args, meta, train)
 
@@ -565,8 +581,8 @@ def main():
         file.write(tables + "\n")
     if args.plot:
         plot(args.plot, results)
-    print(tables)
-    print(f"written to {args.output} and {args.output.with_suffix('.md')}")
+    say(tables)
+    say(f"written to {args.output} and {args.output.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -19,21 +19,27 @@ a data set is complete or absent.
 
 import argparse
 import bisect
+import collections
 import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
-from collections import namedtuple
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
 # The defaults of the flags that depend on what is prepared.
 FLAGS = "source tokenizer seq_len documents val_documents"
-Source = namedtuple("Source", FLAGS, defaults=("document", 0))
+Source = collections.namedtuple("Source", FLAGS, defaults=("document", 0))
 SOURCES = {
     "grammar": Source([], "grammar", None),
     "owt": Source(["Skylion007/openwebtext"], "gpt2", 1024, "paragraph", val_documents=100_000),
@@ -61,7 +67,7 @@ def pack(documents, seq_len, bos, eos):
     documents = iter(documents)
     while batch := list(itertools.islice(documents, 1000)):  # concatenating one by one is slow
         pieces = [piece for ids in batch for piece in (ids, end)]
-        # build has checked that ids fit in uint16; numpy takes an empty list for floats.
+        # numpy takes an empty list for floats.
         stream = np.concatenate([stream, *pieces], dtype=np.uint16, casting="unsafe")
         rows, stream = np.split(stream, [len(stream) // body * body])
         rows = rows.reshape(-1, body)
@@ -76,17 +82,36 @@ def text_rows(args):
     if args.tokenizer == "char":
         return char_rows(args, splits)
     tokenizer = describe_tokenizer(args.tokenizer, args.bert)
-    encode = functools.partial(encode_batch, args.tokenizer, args.bert, args.column)
+    ends = tokenizer["bos_id"], tokenizer["eos_id"]
+    return tokenizer, [pack(encoded(split, args), args.seq_len, *ends) for split in splits]
 
-    def rows(split):
-        workers = max(1, min(args.workers, len(split)))
-        options = dict(batched=True, num_proc=workers, desc="tokenising")
-        tokens = split.map(encode, remove_columns=split.column_names, **options)
-        batches = tokens.with_format("numpy").iter(1000)
-        documents = (ids for batch in batches for ids in batch["ids"] if len(ids))
-        return pack(documents, args.seq_len, tokenizer["bos_id"], tokenizer["eos_id"])
 
-    return tokenizer, [rows(split) for split in splits]
+def encoded(split, args):
+    """The token ids of each document in order, uint16 arrays, encoded by args.workers processes."""
+    from tqdm import tqdm
+
+    encode = functools.partial(encode_batch, args.tokenizer, args.bert)
+    waiting = collections.deque()
+    bar = tqdm(total=len(split), unit="document", desc="tokenising")
+    pool = ProcessPoolExecutor(args.workers, initializer=follow_parent)
+    try:
+        with bar, pool:
+            for batch in split.select_columns([args.column]).iter(1000):
+                waiting.append(pool.submit(encode, batch[args.column]))
+                if len(waiting) > 2 * args.workers:
+                    yield from waiting.popleft().result()
+                bar.update(len(batch[args.column]))
+            while waiting:
+                yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise SystemExit("a tokenising process died, perhaps of memory; lower --workers") from None
+
+
+def follow_parent():
+    """In a new process: leave Ctrl-C to the parent, and end when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def char_rows(args, splits):
@@ -113,21 +138,27 @@ def load_documents(args):
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no warning at each retry
     import datasets
 
-    where = dict(path=args.source[0])  # a name on the hub, unless it is a file
-    kinds = {Path(name).suffix if Path(name).is_file() else None for name in args.source}
+    files = [Path(name) for name in args.source]
+    kinds = {path.suffix if path.is_file() else None for path in files}
     if len(kinds) == 1 and kinds <= READERS.keys():
-        where = dict(path=READERS[kinds.pop()], data_files=args.source)
-        if where["path"] == "text":
-            where |= dict(sample_by=args.documents, keep_linebreaks=False)
+        reader = READERS[kinds.pop()]
+        how = {"json": dict(encoding="utf-8-sig"), "parquet": {}}  # -sig: without a leading BOM
+        how["text"] = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
+        loads = {name: dict(path=reader, data_files=name, **how[reader]) for name in args.source}
     elif args.name == "file" or len(args.source) > 1:
         expected = f"expected files that exist, of one kind of {list(READERS)}"
         raise SystemExit(f"--source {' '.join(args.source)}: {expected}")
-    try:
-        loaded = datasets.load_dataset(**where)
-    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
-        found = f"cannot load {args.source[0]!r}: {reason(error.__cause__ or error)}"
-        raise SystemExit(f"{found}; check the network, or give files with --source") from None
-    splits = [loaded[name] for name in ("train", "validation", "test") if name in loaded][:2]
+    else:
+        loads = {args.source[0]: dict(path=args.source[0])}  # a name on the hub
+    loaded = []
+    for name, where in loads.items():
+        try:
+            loaded.append(datasets.load_dataset(**where))
+        except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
+            found = f"cannot load {name!r}: {reason(error.__cause__ or error)}"
+            raise SystemExit(f"{found}; check the network, or give files with --source") from None
+    names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
+    splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
     columns = splits[0].features
     if getattr(columns.get(args.column), "dtype", None) not in ("string", "large_string"):
         raise SystemExit(f"no text in column {args.column!r}; --column takes one of {[*columns]}")
@@ -139,6 +170,14 @@ def load_documents(args):
             raise SystemExit(f"only {len(splits[0])} documents; lower --val-documents")
         splits = [splits[0].take(cut), splits[0].skip(cut)]
     return splits
+
+
+def say(text):
+    """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def reason(error):
@@ -256,13 +295,15 @@ def describe_tokenizer(name, where):
     return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
 
 
-def encode_batch(tokenizer, where, column, batch):
-    """Encode a batch of documents: {"ids": one list of token ids per document}, no BOS or EOS."""
-    texts = [text or "" for text in batch[column]]
+def encode_batch(tokenizer, where, texts):
+    """Encode documents, strings or None, without BOS or EOS: a list of uint16 arrays."""
+    texts = [text or "" for text in texts]
     if tokenizer == "gpt2":
-        return {"ids": pretrained("gpt2").encode_ordinary_batch(texts, num_threads=1)}
-    options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return {"ids": pretrained("bert", where)(texts, **options)["input_ids"]}
+        ids = pretrained("gpt2").encode_ordinary_batch(texts, num_threads=1)
+    else:
+        options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids = pretrained("bert", where)(texts, **options)["input_ids"]
+    return [np.array(row, np.uint16) for row in ids if row]  # build has checked that they fit
 
 
 def encoder(meta):
@@ -340,9 +381,12 @@ def read_rows(folder, split, meta):
     return np.memmap(path, "<u2", "r", shape=shape)
 
 
-def same_tokens(path, trained_meta, folder, meta):
-    """SystemExit unless `folder` has the tokens and row length that checkpoint `path` learned."""
-    for key in ("tokenizer", "vocab_size", "seq_len", "vocab"):
+def same_tokens(path, trained_meta, folder, meta, same_rows=False):
+    """SystemExit unless `folder` has the tokens and row length that checkpoint `path` learned.
+
+    same_rows: and the same rows, by their sha256.
+    """
+    for key in ("tokenizer", "vocab_size", "seq_len", "vocab", *["sha256"] * same_rows):
         was = trained_meta.get(key)
         if was != meta.get(key):
             found = f"{path} has {key} {was!s:.40}, {folder} has {meta.get(key)!s:.40}"
@@ -534,14 +578,14 @@ def main():
             if asked != was.get(key):
                 found = f"{args.out} is already there with {key} {was.get(key)}, not {asked}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
-        print(f"{args.out} is already there; --force makes it again")
+        say(f"{args.out} is already there; --force makes it again")
         return
     args.out = args.out.resolve()
     meta = prepare(args)
     rows = f"{meta['train_rows']:,} training and {meta['val_rows']:,} validation rows"
-    print(f"{args.out}: {rows} of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}")
+    say(f"{args.out}: {rows} of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}")
     if args.name == "grammar":
-        print(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
+        say(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from model import Draw, load_model, logit_chunks, machine_flags, resolve_machine, softmax
-from prepare_data import Help, decode, encoder, fraction, positive
+from prepare_data import Help, decode, encoder, fraction, positive, say
 
 # ------------------------------------------------------------------------------------------------
 # The sampler.
@@ -338,7 +338,7 @@ def main():
             else:
                 lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
                 path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        print(f"--- {nfe} NFE", *(texts[:4] if args.output else texts), sep="\n")
+        say("\n".join([f"--- {nfe} NFE", *(texts[:4] if args.output else texts)]))
 
 
 if __name__ == "__main__":

@@ -934,6 +934,52 @@ def test_bert_text_is_joined_as_people_write_it(pieces):
     assert decode(meta, [*ids, 0, 0]) == CLEANED[pieces]
 
 
+def killed(*inputs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dying_process_ends_the_preparation(tmp_path, monkeypatch):
+    """A worker that is killed, as for want of memory, gives one line, and nothing is written."""
+    (tmp_path / "a.txt").write_text("some words\n" * 5000)
+    monkeypatch.setattr(prepare_data, "encode_batch", killed)
+    vocab = dict(tokenizer="gpt2", vocab_size=50257, bos_id=50256, eos_id=50256, pad_id=None)
+    monkeypatch.setattr(prepare_data, "describe_tokenizer", lambda *inputs: vocab)
+    flags = ["--source", "a.txt", "--documents", "line", "--workers", 2]
+    done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=False)
+    assert "--workers" in done.stderr
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_bom_is_not_text(tmp_path):
+    """A UTF-8 byte order mark is no character of the text, in .txt and .jsonl."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\nab\n" * 1 + b"ab\n" * 40)
+    lines = "".join('{"text": "ab"}\n' for _ in range(40))
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    for name in ("a.txt", "a.jsonl"):
+        flags = ["--source", name, "--tokenizer", "char", "--seq-len", 4, "--force"]
+        python("prepare_data.py", "file", *flags, cwd=tmp_path)
+        assert set(read_meta(tmp_path / "data/file")["vocab"]) == {"a", "b", "\n"}
+
+
+@pytest.mark.parametrize("script", ["train_diagonal.py", "evaluate.py"])
+def test_work_goes_on_without_a_reader(work, tmp_path, script):
+    """As with `| head`: the output's reader leaves at once, and all files are written."""
+    flags = ["--data", work / "data/grammar", *TINY, *RUN, "--steps", 3, "--out", tmp_path / "r"]
+    expected = "r/checkpoint-3.pt"
+    if script == "evaluate.py":
+        flags = ["--checkpoint", work / "runs/grammar-diagonal", "--data", work / "data/grammar"]
+        flags += ["--show", 9, "--num-samples", 9, "--output", tmp_path / "e.json"]
+        expected = "e.json"
+    command = [sys.executable, HERE / script, *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([*map(str, command)], **pipes) as process:
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 0, errors
+    assert "Error" not in errors
+    assert (tmp_path / expected).exists()
+
+
 @needs_data
 def test_real_text_bert(tmp_path):
     """LM1B sentences through bert-base-uncased: rows [CLS] ... [SEP] of 128, ## pieces joined."""
@@ -1248,12 +1294,13 @@ MISTAKES = [
     ("prepare_data.py file --source short.txt --tokenizer char", "too short"),
     ("prepare_data.py file --source picture.png", "picture.png"),
     ("prepare_data.py file --source lines.jsonl --tokenizer char", "--column"),
+    ("prepare_data.py file --source short.txt latin.txt", "latin.txt"),
     ("prepare_data.py text8 --source upper.txt", "a-z"),
     ("prepare_data.py owt --source short.txt", "--val-documents"),
     ("train_diagonal.py", "python prepare_data.py owt"),
     ("train_diagonal.py --data broken", "meta.json"),
     ("train_diagonal.py --data grammar --lr fast", "--lr"),
-    ("train_diagonal.py --data grammar --batch-size 10 --micro-batch 4", "--batch-size"),
+    ("train_diagonal.py --data grammar --batch-size 10 --micro-batch 4", "try --batch-size 8"),
     (f"train_diagonal.py --data grammar --device {ABSENT_DEVICE}", ABSENT_DEVICE),
     ("train_diagonal.py --data grammar --out trained", "--resume"),
     ("train_diagonal.py --data grammar --out absent --resume", "absent"),
@@ -1263,6 +1310,7 @@ MISTAKES = [
     ("train_diagonal.py --data grammar --context block --block-size 3", "--block-size"),
     ("distill.py --data grammar --loss psd", "runs/grammar-diagonal"),
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
+    ("distill.py --data changed --loss psd --checkpoint trained", "sha256"),
     ("distill.py --data grammar --loss psd --checkpoint trained --context any", "--context"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
     ("distill.py --data grammar --loss psd --micro-batch 1", "--diagonal-share"),
@@ -1280,6 +1328,9 @@ MISTAKES = [
     ("sample.py --checkpoint guided --prompt some --guidance 2", "--guidance"),
     ("evaluate.py --checkpoint trained --entropy 3 --temperature 1", "drop --temperature"),
     ("evaluate.py --samples short.txt --data grammar --entropy 2", "--checkpoint"),
+    ("evaluate.py --checkpoint trained", "was trained on"),
+    ("evaluate.py --checkpoint trained --data high", "token 999"),
+    ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples floats.npy --data grammar", "float64"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
@@ -1290,7 +1341,7 @@ MISTAKES = [
 def mistaken(conditional, tmp_path_factory):
     """A folder with good and damaged files for the mistakes above."""
     folder = tmp_path_factory.mktemp("mistaken")
-    for name in ("grammar", "cut", "broken", "words", "changed"):
+    for name in ("grammar", "cut", "broken", "words", "changed", "high"):
         shutil.copytree(conditional / "data/grammar", folder / name)
     for name, run in (("trained", "grammar-diagonal"), ("any", "any"), ("guided", "guided")):
         shutil.copytree(conditional / "runs" / run, folder / name)
@@ -1299,6 +1350,11 @@ def mistaken(conditional, tmp_path_factory):
         (folder / name / "meta.json").write_text(json.dumps(meta | {key: value}))
     (folder / "broken/meta.json").write_text("{")
     os.truncate(folder / "cut/train.bin", 1001)
+    rows = np.memmap(folder / "high/val.bin", "<u2", "r+")
+    rows[-1] = 999
+    rows.flush()
+    (folder / "second.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')

@@ -59,7 +59,7 @@ from model import (
     resolve_machine,
     save_checkpoint,
 )
-from prepare_data import Help, fraction, positive, read_meta, read_rows
+from prepare_data import Help, fraction, positive, read_meta, read_rows, say
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -499,7 +499,9 @@ class Log:
     def say(self, text):
         """Print a line, above the progress bar, from rank 0."""
         if self.rank == 0:
-            print(text, flush=True) if self.bar.disable else tqdm.write(text)
+            self.bar.clear()
+            say(text)
+            self.bar.refresh()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -525,7 +527,9 @@ def start_ranks(args):
     rows = world * args.micro_batch
     if args.batch_size % rows:
         found = f"--batch-size {args.batch_size} is not a multiple of {rows}"
-        raise SystemExit(f"{found}, the ranks x --micro-batch: change one")
+        why = f"{world} ranks x --micro-batch {args.micro_batch}"
+        near = max(1, round(args.batch_size / rows)) * rows
+        raise SystemExit(f"{found} ({why}): try --batch-size {near}, or another --micro-batch")
     return rank, world, device
 
 
