@@ -501,7 +501,7 @@ def load_stage1(args, meta):
     path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
     args.checkpoint = path
     model, checkpoint = load_model(path)
-    same_tokens(path, checkpoint["meta"], args.data, meta, same_rows=True)
+    same_tokens(path, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
     vars(args).update({key: checkpoint["args"].get(key) for key in FIXED})
     if args.guidance != 1 and not (args.context and args.context_dropout):
         raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")

@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint runs/grammar-diagonal runs/grammar-psd --nfe 1 2 4 64
     python evaluate.py --nfe 1 4 --gamma 0 1 --temperature 0 1    # every combination
     python evaluate.py --nfe 1 4 --entropy 5.4                    # at equal variety
-    python evaluate.py --nfe 8 --bound 512                        # and the likelihood bound
+    python evaluate.py --bound 512 --data data/ptb data/wikitext  # the likelihood bound alone
     python evaluate.py --samples texts.jsonl --data data/owt      # samples made elsewhere
 
 Reads checkpoints of either stage, and files of samples. Controls from the data set come first:
@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prepare_data
-from model import Draw, logit_chunks, lowered, replacing, resolve_machine
+from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
 from prepare_data import Help, decode, encoder, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
@@ -312,7 +312,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     return middle, cross_entropy, cross_entropy + integral
 
 
-def bound_row(name, model, rows, meta, args):
+def bound_row(name, folder, model, rows, meta, args):
     """The bound at its best r*: a row of a table, in nats a token without the BOS-EOS frame."""
     tokens_per_row = meta["seq_len"] - 2 * (meta["bos_id"] is not None)
     r, _, bound = likelihood_bound(model, rows, args.seed, args.batch_size)
@@ -320,6 +320,7 @@ def bound_row(name, model, rows, meta, args):
     nats = bound[best] / tokens_per_row
     row = {
         "model": name,
+        "data": folder.name,
         "rows": len(rows),
         "r*": float(r[best]),
         "nats_a_token": float(nats.mean()),
@@ -440,17 +441,23 @@ def parse_args():
     paths = dict(type=Path, nargs="+", default=[])
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
     add("--samples", **paths, help="samples made elsewhere: .jsonl, .npy or text (default: none)")
-    add("--data", type=Path, help="data set for controls (default: the one trained on)")
+    add("--data", **paths, help="data sets for controls and the bound (default: as trained)")
     text = "draw tokens at the temperature that gives this entropy (nats), to compare fairly"
     add("--entropy", type=float, help=text)
-    add("--bound", type=positive, help="bound the likelihood of this many validation rows")
+    text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
+    add("--bound", type=positive, help=text)
     add("--show", type=int, default=0, help="print this many samples for each row of the table")
     add("--output", type=Path, help="JSON to write (default: evaluation.json in the run's folder)")
     add("--plot", type=Path, help="PNG to draw: NFE against the main score")
     add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
     add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
     sampling_flags(parser, count=1024, several=True)
+    parser.set_defaults(nfe=None)
     args = parser.parse_args()
+    if args.nfe is None:
+        args.nfe = [] if args.bound else [1]
+    if len(args.data) > 1 and (args.nfe or args.samples):
+        raise SystemExit("several --data go with --bound, without --nfe and --samples")
     resolve_machine(args)
     if not args.checkpoint and not args.samples:
         args.checkpoint = [Path("runs/owt-esd")]
@@ -463,7 +470,8 @@ def parse_args():
         check_output("--output", args.output, [".json"])
     else:
         last = (args.checkpoint or [Path()])[-1]
-        args.output = (last if last.is_dir() else last.parent) / "evaluation.json"
+        of_file = last.parent / f"evaluation-{last.stem}.json"
+        args.output = last / "evaluation.json" if last.is_dir() else of_file
     if args.plot:
         check_output("--plot", args.plot, [".png"])
     return args
@@ -532,48 +540,68 @@ def model_rows(args, scorer, name, model, euler):
     return rows
 
 
+def data_sets(args, loaded):
+    """{folder: (meta, train rows, validation rows)} of --data, or of what was trained on."""
+    folders = args.data or []
+    if not folders and loaded:
+        folders = [Path(loaded[-1][1]["args"]["data"])]
+        if not folders[0].is_dir():
+            found = f"{args.checkpoint[-1]} was trained on {folders[0]}, which is not here"
+            raise SystemExit(f"{found}: run from where it is, or name it with --data")
+    sets = {}
+    for folder in folders:
+        meta = read_meta(folder)
+        train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
+        train = train[:: math.ceil(len(train) / 50_000) or 1]  # at most 50,000 rows, evenly spaced
+        if (largest := max(train.max(initial=0), val.max())) >= meta["vocab_size"]:
+            found = f"{folder} holds token {largest}, V is {meta['vocab_size']}"
+            raise SystemExit(f"{found}; {prepare_data.AGAIN}")
+        sets[folder] = meta, train, val
+        keys = ["seq_len"] if args.data else ["seq_len", "sha256"]  # others must be asked for
+        for path, (_, checkpoint, _) in zip(args.checkpoint, loaded, strict=True):
+            prepare_data.same_tokens(path, checkpoint["meta"], folder, meta, *keys)
+    return sets
+
+
 def main():
     args = parse_args()
     loaded = [load_sampler(path, args.device) for path in args.checkpoint]
-    folder = args.data
-    if folder is None and loaded:
-        folder = Path(loaded[-1][1]["args"]["data"])
-        if not folder.is_dir():
-            found = f"{args.checkpoint[-1]} was trained on {folder}, which is not here"
-            raise SystemExit(f"{found}: run from where it is, or name it with --data")
-    meta = train = None
-    if folder:
-        meta = read_meta(folder)
-        train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
-        train = train[:: math.ceil(len(train) / 50_000)]  # at most 50,000 rows, evenly spaced
-        if (largest := max(train.max(), val.max())) >= meta["vocab_size"]:
-            found = f"{folder} holds token {largest}, V is {meta['vocab_size']}"
-            raise SystemExit(f"{found}; {prepare_data.AGAIN}")
-    for path, (_, checkpoint, _) in zip(args.checkpoint, loaded, strict=True):
-        same_rows = args.data is None  # another data set must be asked for
-        prepare_data.same_tokens(path, checkpoint["meta"], folder, meta, same_rows)
+    sets = data_sets(args, loaded)
+    meta, train, val = next(iter(sets.values()), (None, None, None))
     samples = [read_samples(path, meta) for path in args.samples]
-    scorer = Scorer(args, meta, train)
-
+    names = [
+        path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
+        for path in args.checkpoint
+    ]
     results = []
-    blank = dict(sampler=None, nfe=None, gamma=None, temperature=None)
-    if folder:
-        for name, ids in control_rows(meta, train, val, args.num_samples, args.seed).items():
-            results.append(scorer.score(name, ids, **blank))
-    for path, (ids, texts) in zip(args.samples, samples, strict=True):
-        results.append(scorer.score(path.name, ids, texts, **blank))
+    if args.nfe or samples:
+        if meta and not len(train):
+            raise SystemExit(f"{args.data[0]} has no training rows for the controls: only --bound")
+        scorer = Scorer(args, meta, train)
+        blank = dict(sampler=None, nfe=None, gamma=None, temperature=None)
+        if meta:
+            for name, ids in control_rows(meta, train, val, args.num_samples, args.seed).items():
+                results.append(scorer.score(name, ids, **blank))
+        for path, (ids, texts) in zip(args.samples, samples, strict=True):
+            results.append(scorer.score(path.name, ids, texts, **blank))
+        for name, (model, _, euler) in zip(names, loaded, strict=True):
+            results += model_rows(args, scorer, name, model, euler)
     bounds = []
-    for path, (model, _, euler) in zip(args.checkpoint, loaded, strict=True):
-        name = path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
-        results += model_rows(args, scorer, name, model, euler)
-        if args.bound:
+    for name, (model, _, _) in zip(names, loaded, strict=True) if args.bound else ():
+        for folder, (meta, _, val) in sets.items():
             chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
-            bounds.append(bound_row(name, model, val[np.sort(chosen)], meta, args))
+            bounds.append(bound_row(name, folder, model, val[np.sort(chosen)], meta, args))
 
     tables = "\n\n".join(table(rows) for rows in (results, bounds) if rows)
-    facts = {"args": vars(args), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts = {"args": vars(args), "commit": commit(), "torch": torch.__version__}
+    facts["threads"] = torch.get_num_threads()
     if args.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
+    facts["data"] = {str(f.resolve()): meta["sha256"] for f, (meta, _, _) in sets.items()}
+    facts["checkpoints"] = [
+        {"path": str(path), "step": saved["step"], "sha256": weights_digest(saved["ema"])}
+        for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True)
+    ]
     facts |= {"results": results, "bound": bounds}
     with replacing(args.output) as file:
         file.write(json.dumps(facts, indent=1, default=str) + "\n")

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import math
 import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -859,6 +860,15 @@ def load_model(path, device="cpu"):
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(f"{path} does not fit its own model_config: {reason}") from None
     return model.to(device).eval().requires_grad_(False), checkpoint
+
+
+def commit():
+    """The commit of this code, with "-dirty" if files have changed since; "" without git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # git may not be installed
+        found = subprocess.run([*git, "--exclude=*", "--abbrev=40"], capture_output=True, text=True)
+        return found.stdout.strip()
+    return ""
 
 
 def weights_digest(state):

@@ -5,6 +5,8 @@
     python prepare_data.py lm1b                     # the paper's LM1B: bert-base-uncased, L = 128
     python prepare_data.py text8                    # 27 characters, L = 256
     python prepare_data.py file --source my.txt     # .txt, .jsonl or .parquet: GPT-2 BPE, L = 128
+    python prepare_data.py file --source Salesforce/wikitext --config wikitext-103-raw-v1 \
+        --val-only --seq-len 1024 --out data/wikitext    # to bound its likelihood
 
 Reads a data set from the hub, or local files, and writes a folder:
 
@@ -20,6 +22,7 @@ a data set is complete or absent.
 import argparse
 import bisect
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -32,6 +35,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from pathlib import Path
 from threading import Thread
 
@@ -145,11 +149,11 @@ def load_documents(args):
         how = {"json": dict(encoding="utf-8-sig"), "parquet": {}}  # -sig: without a leading BOM
         how["text"] = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
         loads = {name: dict(path=reader, data_files=name, **how[reader]) for name in args.source}
-    elif args.name == "file" or len(args.source) > 1:
+    elif len(files) == 1 and files[0].suffix not in READERS and not files[0].exists():
+        loads = {args.source[0]: dict(path=args.source[0], name=args.config)}  # on the hub
+    else:
         expected = f"expected files that exist, of one kind of {list(READERS)}"
         raise SystemExit(f"--source {' '.join(args.source)}: {expected}")
-    else:
-        loads = {args.source[0]: dict(path=args.source[0])}  # a name on the hub
     loaded = []
     for name, where in loads.items():
         try:
@@ -219,6 +223,8 @@ def build(args, folder):
     """Write train.bin, val.bin and meta.json into `folder`; return the last as a dict."""
     source_rows = grammar_split if args.name == "grammar" else text_rows
     tokenizer, (train, *val) = source_rows(args)
+    if args.val_only:
+        train, val = [], [*val, train][:1]
     if (size := tokenizer["vocab_size"]) > 65536:
         raise SystemExit(f"a vocabulary of {size} does not fit in uint16; use another tokenizer")
     train_rows, train_sha256 = write_rows(folder / "train.bin", train)
@@ -228,16 +234,29 @@ def build(args, folder):
         train_rows, train_sha256 = write_rows(folder / "train.bin", [rows[:-held]])
         val = [[rows[-held:]]]
     val_rows, val_sha256 = write_rows(folder / "val.bin", val[0])
-    if not train_rows or not val_rows:
+    if not (train_rows or args.val_only) or not val_rows:
         raise SystemExit(f"the text is too short for rows of {args.seq_len}; lower --seq-len")
     meta = dict(name=args.name, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows, source=args.source)
     meta |= dict(sha256=dict(train=train_sha256, val=val_sha256), settings=args.settings)
+    framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
+    plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
+    meta["packing"] = plain.get(meta["tokenizer"], framed)
+    meta["versions"] = versions("datasets", "tiktoken", "tokenizers", "transformers")
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         file.write(json.dumps(meta, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     return meta
+
+
+def versions(*packages):
+    """{package: version} of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def write_rows(path, blocks):
@@ -378,15 +397,17 @@ def read_rows(folder, split, meta):
     expected = 2 * shape[0] * shape[1]
     if found != expected:
         raise SystemExit(f"{path}: found {found:,} bytes, expected {expected:,}; {AGAIN}")
+    if not found:  # made with --val-only
+        return np.zeros(shape, np.uint16)
     return np.memmap(path, "<u2", "r", shape=shape)
 
 
-def same_tokens(path, trained_meta, folder, meta, same_rows=False):
-    """SystemExit unless `folder` has the tokens and row length that checkpoint `path` learned.
+def same_tokens(path, trained_meta, folder, meta, *more):
+    """SystemExit unless `folder` has the tokens that checkpoint `path` learned.
 
-    same_rows: and the same rows, by their sha256.
+    more: further keys of meta.json that must agree, such as "seq_len", and "sha256" for the rows.
     """
-    for key in ("tokenizer", "vocab_size", "seq_len", "vocab", *["sha256"] * same_rows):
+    for key in ("tokenizer", "vocab_size", "vocab", *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
             found = f"{path} has {key} {was!s:.40}, {folder} has {meta.get(key)!s:.40}"
@@ -430,11 +451,14 @@ def parse_args():
 
     add = parser.add_argument_group("what to read").add_argument
     add("--source", nargs="+", help="a data set on the hub, or .txt, .jsonl or .parquet files")
+    add("--config", metavar="NAME", help="the configuration of a data set on the hub")
     add("--column", default="text", metavar="NAME", help="the column that holds the text")
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
     text = "hold out the last N if no split is given (default: owt 100000; others, 5%% of the rows)"
     add("--val-documents", type=int, metavar="N", help=text)
+    text = "no training rows: all of the validation split or, if there is one split, of that"
+    add("--val-only", action="store_true", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")
 
@@ -452,9 +476,12 @@ def parse_args():
     if args.name == "grammar" and given:
         raise SystemExit(f"the grammar is generated: it has no {', '.join(given)}")
     if args.name == "file" and not args.source:
-        raise SystemExit("file needs --source with local .txt, .jsonl or .parquet files")
+        raise SystemExit(
+            "file needs --source: .txt, .jsonl or .parquet files, or a name on the hub"
+        )
     flags.update(defaults | given)
-    args.settings = {key: flags[key] for key in (*defaults, "limit", "column", "bert", "seed")}
+    more = ("limit", "column", "config", "val_only", "bert", "seed")
+    args.settings = {key: flags[key] for key in (*defaults, *more)}
     args.out = args.out or Path("data") / args.name
     return args
 

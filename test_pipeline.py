@@ -1237,6 +1237,47 @@ def test_evaluate_text(letters, judge):
     assert results[2, 1, 1]["entropy"] == pytest.approx(evaluate.entropies(rows).mean())
 
 
+def test_bound_by_data_set(letters):
+    """--bound alone: a row for each data set, one of them all validation, without a judge."""
+    flags = ["--source", "t.txt", "--tokenizer", "char", "--seq-len", 32, "--val-only"]
+    python("prepare_data.py", "file", *flags, "--out", "data/v", cwd=letters)
+    meta = read_meta(letters / "data/v")
+    assert (meta["train_rows"], meta["settings"]["val_only"]) == (0, True)
+    whole = read_rows(letters / "data/v", "val", meta)
+    other = read_meta(letters / "data/t")
+    parts = [read_rows(letters / "data/t", split, other) for split in ("train", "val")]
+    assert np.array_equal(whole, np.concatenate(parts))
+    run = ["--checkpoint", "runs/t-diagonal"]
+    found, _ = evaluated(letters, *run, "--bound", 4, "--data", "data/t", "data/v")
+    assert found["results"] == []
+    assert [(row["data"], row["rows"]) for row in found["bound"]] == [("t", 4), ("v", 4)]
+    alone, _ = evaluated(letters, *run, "--bound", 4)
+    assert alone["bound"] == found["bound"][:1]
+    folders = [letters / "data" / name for name in "tv"]
+    assert found["data"] == {str(folder): read_meta(folder)["sha256"] for folder in folders}
+    (saved,) = found["checkpoints"]
+    assert saved["step"] == 2
+
+
+def test_training_from_weights(letters, tmp_path):
+    """--init starts from the averaged weights of a checkpoint, on rows of another length."""
+    flags = ["--source", letters / "t.txt", "--tokenizer", "char", "--seq-len", 48]
+    python("prepare_data.py", "file", *flags, "--out", "data/l", cwd=tmp_path)
+    flags = ["--data", "data/l", "--init", letters / "runs/t-diagonal", "--steps", 2, *RUN]
+    python("train_diagonal.py", *flags, "--lr", 0, cwd=tmp_path)
+    model, saved = load_model(tmp_path / "runs/l-diagonal")
+    first, _ = load_model(letters / "runs/t-diagonal")
+    assert (model.config.seq_len, saved["args"]["size"]) == (48, "tiny")
+    for name, value in first.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    lag = ["--position-lag", 1, "--out", "other"]
+    done = python("train_diagonal.py", *flags, *lag, cwd=tmp_path, ok=False)
+    assert "--position-lag" in done.stderr
+    python("train_diagonal.py", *flags, "--lr", 0, "--resume", "--steps", 3, cwd=tmp_path)
+    done = python("sample.py", "--checkpoint", "runs/l-diagonal", "--num-samples", 1, cwd=tmp_path)
+    assert len(done.stdout.splitlines()[-1]) == 48
+
+
 def test_equal_entropy(work):
     """--entropy draws tokens at the temperature that gives the entropy asked for."""
     assert evaluate.temperature_at(0.5, lambda T: T) == pytest.approx(0.5, abs=0.01)

@@ -28,7 +28,6 @@ import os
 import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,14 +51,16 @@ from model import (
     Draw,
     ModelConfig,
     checkpoints,
+    commit,
     head_loss,
+    load_model,
     machine_flags,
     read_checkpoint,
     replacing,
     resolve_machine,
     save_checkpoint,
 )
-from prepare_data import Help, fraction, positive, read_meta, read_rows, say
+from prepare_data import Help, fraction, positive, read_meta, read_rows, same_tokens, say
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -585,12 +586,8 @@ def restore(args, saved, meta):
 def write_config(args, start):
     """Write config.json and flags.txt, and keep the lines up to step `start` of an old log."""
     args.out.mkdir(parents=True, exist_ok=True)
-    commit = ""
-    with contextlib.suppress(OSError):  # git may not be installed
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit}
+    config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit()}
     flags = []
     for argument in sys.argv[1:]:
         replay = argument.startswith("@")
@@ -700,17 +697,35 @@ def new_model(args, meta):
     return DiT(ModelConfig(meta["vocab_size"], meta["seq_len"], **SIZES[args.size], **path))
 
 
+def model_from(args, meta, parser):
+    """The averaged weights of the checkpoint args.init, to go on with on rows of any length."""
+    fixed = "size interpolant schedule schedule_blend position_lag".split()
+    for name in fixed:
+        if getattr(args, name) != parser.get_default(name):
+            flag = name.replace("_", "-")
+            raise SystemExit(f"--init {args.init} has fixed --{flag}: drop it, or drop --init")
+    model, checkpoint = load_model(args.init)
+    same_tokens(args.init, checkpoint["meta"], args.data, meta)
+    vars(args).update({name: checkpoint["args"][name] for name in fixed})
+    config = asdict(model.config) | {"seq_len": meta["seq_len"]}
+    longer = DiT(ModelConfig(**config))
+    longer.load_state_dict(checkpoint["ema"])
+    return longer
+
+
 def main():
     parser = new_parser("train_diagonal.py", __doc__)
     training_flags(parser, steps=1_000_000)
     context_flags(parser)
     model_flags(parser)
+    help = "start from the weights of this checkpoint or run, of either stage (default: random)"
+    parser.add_argument("--init", type=Path, metavar="PATH", help=help)
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     meta = read_meta(args.data)
     check_run(args, meta["seq_len"])
-    model = new_model(args, meta)
+    model = model_from(args, meta, parser) if args.init else new_model(args, meta)
     loss = functools.partial(diagonal, power=args.diagonal_power)
 
     def objective(model, tokens, draw):
