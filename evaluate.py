@@ -563,6 +563,27 @@ def data_sets(args, loaded):
     return sets
 
 
+def write_scores(args, loaded, sets, results, bounds):
+    """Write both tables and what they were made from, as JSON and Markdown, then print them."""
+    tables = "\n\n".join(table(rows) for rows in (results, bounds) if rows)
+    facts = {"args": vars(args), "commit": commit(), "torch": torch.__version__}
+    facts["threads"] = torch.get_num_threads()
+    if args.device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["data"] = {str(f.resolve()): meta["sha256"] for f, (meta, _, _) in sets.items()}
+    facts["checkpoints"] = [
+        {"path": str(path), "step": saved["step"], "sha256": weights_digest(saved["ema"])}
+        for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True)
+    ]
+    facts |= {"results": results, "bound": bounds}
+    with replacing(args.output) as file:
+        file.write(json.dumps(facts, indent=1, default=str) + "\n")
+    with replacing(args.output.with_suffix(".md")) as file:
+        file.write(tables + "\n")
+    say(tables)
+    say(f"written to {args.output} and {args.output.with_suffix('.md')}")
+
+
 def main():
     args = parse_args()
     loaded = [load_sampler(path, args.device) for path in args.checkpoint]
@@ -592,25 +613,9 @@ def main():
             chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
             bounds.append(bound_row(name, folder, model, val[np.sort(chosen)], meta, args))
 
-    tables = "\n\n".join(table(rows) for rows in (results, bounds) if rows)
-    facts = {"args": vars(args), "commit": commit(), "torch": torch.__version__}
-    facts["threads"] = torch.get_num_threads()
-    if args.device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    facts["data"] = {str(f.resolve()): meta["sha256"] for f, (meta, _, _) in sets.items()}
-    facts["checkpoints"] = [
-        {"path": str(path), "step": saved["step"], "sha256": weights_digest(saved["ema"])}
-        for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True)
-    ]
-    facts |= {"results": results, "bound": bounds}
-    with replacing(args.output) as file:
-        file.write(json.dumps(facts, indent=1, default=str) + "\n")
-    with replacing(args.output.with_suffix(".md")) as file:
-        file.write(tables + "\n")
+    write_scores(args, loaded, sets, results, bounds)
     if args.plot:
         plot(args.plot, results)
-    say(tables)
-    say(f"written to {args.output} and {args.output.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

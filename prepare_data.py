@@ -602,8 +602,8 @@ def main():
     if (args.out / "meta.json").exists() and not args.force:
         was = read_meta(args.out).get("settings", {})
         for key, asked in args.settings.items():
-            if asked != was.get(key):
-                found = f"{args.out} is already there with {key} {was.get(key)}, not {asked}"
+            if key in was and asked != was[key]:
+                found = f"{args.out} is already there with {key} {was[key]}, not {asked}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
         say(f"{args.out} is already there; --force makes it again")
         return
