@@ -146,9 +146,10 @@ def load_documents(args):
     kinds = {path.suffix if path.is_file() else None for path in files}
     if len(kinds) == 1 and kinds <= READERS.keys():
         reader = READERS[kinds.pop()]
-        how = {"json": dict(encoding="utf-8-sig"), "parquet": {}}  # -sig: without a leading BOM
-        how["text"] = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
-        loads = {name: dict(path=reader, data_files=name, **how[reader]) for name in args.source}
+        how = {}
+        if reader == "text":  # -sig: without a byte order mark
+            how = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
+        loads = {name: dict(path=reader, data_files=name, **how) for name in args.source}
     elif len(files) == 1 and files[0].suffix not in READERS and not files[0].exists():
         loads = {args.source[0]: dict(path=args.source[0], name=args.config)}  # on the hub
     else:

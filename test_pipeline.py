@@ -952,7 +952,7 @@ def test_a_dying_process_ends_the_preparation(tmp_path, monkeypatch):
 
 def test_bom_is_not_text(tmp_path):
     """A UTF-8 byte order mark is no character of the text, in .txt and .jsonl."""
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab\nab\n" * 1 + b"ab\n" * 40)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"ab\n" * 40)
     lines = "".join('{"text": "ab"}\n' for _ in range(40))
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     for name in ("a.txt", "a.jsonl"):
@@ -1374,6 +1374,7 @@ MISTAKES = [
     ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples floats.npy --data grammar", "float64"),
+    ("evaluate.py --samples high.npy --data grammar", "ids go up to 52"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
 ]
 
@@ -1401,6 +1402,7 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
     (folder / "picture.png").write_bytes(b"\x89PNG")
     np.save(folder / "floats.npy", np.ones((2, 3)))
+    np.save(folder / "high.npy", np.full((2, 3), 52))
     return folder
 
 
