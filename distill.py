@@ -41,7 +41,7 @@ from model import (
     weights_digest,
     wide,
 )
-from prepare_data import fraction, read_meta, same_tokens
+from prepare_data import amount, fraction, read_meta, same_tokens
 from train_diagonal import by_context, diagonal
 
 # ------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def distillation_flags(parser):
     add("--checkpoint", type=Path, help=text + "diagonal)")
     text = "of dmd: the stage 1 of --checkpoint (default: the one it was distilled from)"
     add("--stage1-checkpoint", type=Path, help=text)
-    add("--critic-lr", type=float, default=1e-3, help="of dmd: learning rate of the critic")
+    add("--critic-lr", type=amount, default=1e-3, help="of dmd: learning rate of the critic")
     add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--target", choices=["logit", "signed"], help=text)
@@ -508,6 +508,9 @@ def load_stage1(args, meta):
     stage1 = copy.deepcopy(model)
     args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares it
     earlier = checkpoint["args"]
+    if args.loss != "dmd" and earlier.get("loss") and not earlier["joint"]:
+        found = f"{path} is a map, distilled from {earlier.get('stage1_checkpoint')}"
+        raise SystemExit(f"{found}: give a stage 1, or --loss dmd")
     if args.loss == "dmd" and earlier.get("stage1"):
         args.stage1_checkpoint = args.stage1_checkpoint or earlier.get("stage1_checkpoint")
         if not args.stage1_checkpoint:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import prepare_data
 from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
-from prepare_data import Help, decode, encoder, positive, read_meta, read_rows, reason, say
+from prepare_data import Help, amount, decode, encoder, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
 # ------------------------------------------------------------------------------------------------
@@ -209,15 +209,16 @@ def read_samples(path, meta):
             if meta is None:
                 raise ValueError("ids need the data set of their tokens: give --data")
             rows = np.load(path)
-            if rows.ndim != 2 or rows.dtype.kind not in "iu" or not rows.size:
-                raise ValueError(f"found {rows.dtype} of shape {rows.shape}")
+            if rows.dtype.kind not in "iu" or rows.shape[1:] != (meta["seq_len"],) or not rows.size:
+                raise ValueError(f"found {rows.dtype} {rows.shape}, L is {meta['seq_len']}")
             if rows.min() < 0 or rows.max() >= meta["vocab_size"]:
                 raise ValueError(f"ids go up to {rows.max()}, V is {meta['vocab_size']}")
             return rows.astype(np.int64), [decode(meta, row) for row in rows]
-        texts = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028 too
+        texts = texts if texts[-1] else texts[:-1]
         if path.suffix == ".jsonl":
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
     if not texts:
         raise SystemExit(f"--samples {path} is empty; {expected}")
@@ -324,7 +325,7 @@ def bound_row(name, folder, model, rows, meta, args):
         "rows": len(rows),
         "r*": float(r[best]),
         "nats_a_token": float(nats.mean()),
-        "standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats))),
+        "standard_error": float(nats.std(ddof=1) / len(nats) ** 0.5) if len(nats) > 1 else None,
         "perplexity": math.exp(nats.mean()),
     }
     if meta["tokenizer"] == "grammar":  # the exact likelihood of the same rows
@@ -443,7 +444,7 @@ def parse_args():
     add("--samples", **paths, help="samples made elsewhere: .jsonl, .npy or text (default: none)")
     add("--data", **paths, help="data sets for controls and the bound (default: as trained)")
     text = "draw tokens at the temperature that gives this entropy (nats), to compare fairly"
-    add("--entropy", type=float, help=text)
+    add("--entropy", type=amount, help=text)
     text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
     add("--bound", type=positive, help=text)
     add("--show", type=int, default=0, help="print this many samples for each row of the table")
@@ -464,14 +465,15 @@ def parse_args():
     if (args.bound or args.entropy) and not args.checkpoint:
         flag = "--bound" if args.bound else "--entropy"
         raise SystemExit(f"{flag} needs a model: name one with --checkpoint")
-    if args.entropy and any(args.temperature):
-        raise SystemExit("--entropy chooses the temperature: drop --temperature")
-    if args.output:
-        check_output("--output", args.output, [".json"])
-    else:
+    if args.entropy and (any(args.temperature) or not args.nfe):
+        raise SystemExit("--entropy chooses the temperature: give --nfe, drop --temperature")
+    if args.plot and not args.nfe:
+        raise SystemExit("--plot draws scores against NFE: give --nfe")
+    if not args.output:
         last = (args.checkpoint or [Path()])[-1]
         of_file = last.parent / f"evaluation-{last.stem}.json"
         args.output = last / "evaluation.json" if last.is_dir() else of_file
+    check_output("--output", args.output, [".json"])
     if args.plot:
         check_output("--plot", args.plot, [".png"])
     return args

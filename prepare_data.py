@@ -23,6 +23,7 @@ import argparse
 import bisect
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -66,6 +67,8 @@ def pack(documents, seq_len, bos, eos):
     With bos = eos = None nothing is added, and the stream is cut every L tokens.
     """
     body = seq_len if bos is None else seq_len - 2
+    if body < 1:
+        raise SystemExit(f"--seq-len {seq_len} leaves no token between BOS and EOS; give 3 or more")
     end = [] if eos is None else [eos]
     stream = np.zeros(0, np.uint16)  # what is not yet in a row
     documents = iter(documents)
@@ -149,19 +152,21 @@ def load_documents(args):
         how = {}
         if reader == "text":  # -sig: without a byte order mark
             how = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
-        loads = {name: dict(path=reader, data_files=name, **how) for name in args.source}
+        loads = [dict(path=reader, data_files=name, **how) for name in args.source]
+        advice = "it should be UTF-8 text" if reader == "text" else f"it should be {reader}"
     elif len(files) == 1 and files[0].suffix not in READERS and not files[0].exists():
-        loads = {args.source[0]: dict(path=args.source[0], name=args.config)}  # on the hub
+        loads = [dict(path=args.source[0], name=args.config)]  # on the hub
+        advice = "check the network, or give files with --source"
     else:
         expected = f"expected files that exist, of one kind of {list(READERS)}"
         raise SystemExit(f"--source {' '.join(args.source)}: {expected}")
     loaded = []
-    for name, where in loads.items():
+    for name, where in zip(args.source, loads, strict=True):
         try:
             loaded.append(datasets.load_dataset(**where))
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
             found = f"cannot load {name!r}: {reason(error.__cause__ or error)}"
-            raise SystemExit(f"{found}; check the network, or give files with --source") from None
+            raise SystemExit(f"{found}; {advice}") from None
     names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
     splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
     columns = splits[0].features
@@ -194,14 +199,29 @@ def reason(error):
 # From rows to files.
 
 
+def hold(path):
+    """Keep other processes from writing the same thing; `path` is the file that says so.
+
+    Until the returned file is closed, at the latest when this process ends.
+    """
+    file = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process is writing here, it holds {path}: wait for it") from None
+    return file
+
+
 def prepare(args):
     """Build the data set beside its target, then rename it; return its meta.json as a dict."""
     partial = args.out.with_name(args.out.name + ".partial")
     for folder in (args.out, partial):
         refuse_others(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold(args.out.with_name(args.out.name + ".lock"))
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
     except OSError as error:
         raise SystemExit(f"cannot write {partial}: {error.strerror}; change --out") from None
     try:
@@ -211,6 +231,8 @@ def prepare(args):
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
+        os.unlink(lock.name)
+        lock.close()
     return meta
 
 
@@ -385,7 +407,7 @@ def read_meta(folder):
     except ValueError:
         meta = {}
     needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
-    if missing := set(needed.split()) - set(meta):
+    if missing := set(needed.split()) - set(meta if isinstance(meta, dict) else ()):
         raise SystemExit(f"{path} is damaged, it lacks {sorted(missing)}; {AGAIN}")
     return meta
 
@@ -426,6 +448,20 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """An argparse type: an integer of 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def amount(text):
+    """An argparse type: a finite number of 0 or more."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return float(text)
+
+
 def fraction(text):
     """An argparse type: a number from 0 to 1."""
     if not 0 <= float(text) <= 1:
@@ -457,11 +493,11 @@ def parse_args():
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
     text = "hold out the last N if no split is given (default: owt 100000; others, 5%% of the rows)"
-    add("--val-documents", type=int, metavar="N", help=text)
+    add("--val-documents", type=natural, metavar="N", help=text)
     text = "no training rows: all of the validation split or, if there is one split, of that"
     add("--val-only", action="store_true", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
-    add("--seed", type=int, default=0, help="seed of the grammar's draws")
+    add("--seed", type=natural, default=0, help="seed of the grammar's draws")
 
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
@@ -483,6 +519,8 @@ def parse_args():
     flags.update(defaults | given)
     more = ("limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}
+    files = [Path(name) for name in args.source]
+    args.settings["bytes"] = [path.stat().st_size for path in files if path.is_file()]
     args.out = args.out or Path("data") / args.name
     return args
 

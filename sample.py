@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from model import Draw, load_model, logit_chunks, machine_flags, resolve_machine, softmax
-from prepare_data import Help, decode, encoder, fraction, positive, say
+from prepare_data import Help, amount, decode, encoder, fraction, natural, positive, say
 
 # ------------------------------------------------------------------------------------------------
 # The sampler.
@@ -228,9 +228,9 @@ def sampling_flags(parser, count, several=False):
     add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations (jumps) a sample")
     add("--num-samples", type=positive, default=count, help="sequences for each NFE")
     add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
-    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--seed", type=natural, default=0, help="seed of the noise")
     add("--gamma", type=fraction, help="renoise between jumps: 0 never, 1 fully", **knob)
-    add("--temperature", type=float, help="draw tokens from psi^(1/T); 0: most probable", **knob)
+    add("--temperature", type=amount, help="draw tokens from psi^(1/T); 0: most probable", **knob)
     machine_flags(parser)
 
 

@@ -934,6 +934,31 @@ def test_bert_text_is_joined_as_people_write_it(pieces):
     assert decode(meta, [*ids, 0, 0]) == CLEANED[pieces]
 
 
+def test_one_writer_at_a_time(work, tmp_path):
+    """A second process on the same data set or run ends at once; the first is not disturbed."""
+    run = tmp_path / "run"
+    first = train_diagonal.hold_run(run)
+    flags = ["--data", work / "data/grammar", "--out", run, *TINY, *RUN]
+    done = python("train_diagonal.py", *flags, cwd=tmp_path, ok=False)
+    assert "another process" in done.stderr
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    first.close()
+    with prepare_data.hold(tmp_path / "g.lock"):
+        done = python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path, ok=False)
+    assert "another process" in done.stderr
+    python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path)
+    assert not (tmp_path / "g.lock").exists()
+
+
+def test_an_edited_source_is_not_already_there(tmp_path):
+    """Files with the same names as before but another size are other sources."""
+    flags = ["--source", "a.txt", "--tokenizer", "char", "--seq-len", 4]
+    for size in (40, 50):
+        (tmp_path / "a.txt").write_text("ab" * size)
+        done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=size == 40)
+    assert "--force" in done.stderr
+
+
 def killed(*inputs):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -1302,6 +1327,8 @@ def test_evaluate_samples(letters, judge):
         python("sample.py", *flags, "--output", name, cwd=letters)
     texts = [decode(meta, row) for row in np.load(letters / "s.npy")]
     (letters / "s.txt").write_text("\n".join(texts) + "\n")
+    (letters / "odd.txt").write_text("to\u2028be\\n\n\n")
+    assert evaluate.read_samples(letters / "odd.txt", None)[1] == ["to\u2028be\\n", ""]
     files = ["s.jsonl", "s.npy", "s.txt"]
     results = evaluated(letters, *flags, "--judge", judge, "--samples", *files)[0]["results"][3:]
     assert [r["model"] for r in results] == [*files, "t-diagonal"]
@@ -1338,6 +1365,14 @@ MISTAKES = [
     ("prepare_data.py file --source short.txt latin.txt", "latin.txt"),
     ("prepare_data.py text8 --source upper.txt", "a-z"),
     ("prepare_data.py owt --source short.txt", "--val-documents"),
+    ("prepare_data.py file --source upper.txt --tokenizer char --val-documents -1", "below 0"),
+    ("prepare_data.py grammar --seed -1", "--seed"),
+    ("train_diagonal.py --data grammar --lr -1", "--lr"),
+    ("train_diagonal.py --data grammar --out short.txt", "short.txt"),
+    ("train_diagonal.py --data empty", "--val-only"),
+    ("train_diagonal.py --data listed", "meta.json"),
+    ("train_diagonal.py --data grammar --out joint --resume --position-lag 1", "loss esd"),
+    ("distill.py --data grammar --loss esd --checkpoint guided", "is a map"),
     ("train_diagonal.py", "python prepare_data.py owt"),
     ("train_diagonal.py --data broken", "meta.json"),
     ("train_diagonal.py --data grammar --lr fast", "--lr"),
@@ -1367,7 +1402,11 @@ MISTAKES = [
     ("sample.py --checkpoint any --prompt 'some dragons'", "dragons"),
     ("sample.py --checkpoint any --prompt some --length 30", "--block-size"),
     ("sample.py --checkpoint guided --prompt some --guidance 2", "--guidance"),
+    ("sample.py --checkpoint trained --temperature nan", "--temperature"),
     ("evaluate.py --checkpoint trained --entropy 3 --temperature 1", "drop --temperature"),
+    ("evaluate.py --checkpoint trained --entropy 3 --bound 4", "give --nfe"),
+    ("evaluate.py --checkpoint trained --bound 4 --plot e.png", "give --nfe"),
+    ("evaluate.py --samples narrow.npy --data grammar", "L is 10"),
     ("evaluate.py --samples short.txt --data grammar --entropy 2", "--checkpoint"),
     ("evaluate.py --checkpoint trained", "was trained on"),
     ("evaluate.py --checkpoint trained --data high", "token 999"),
@@ -1383,7 +1422,7 @@ MISTAKES = [
 def mistaken(conditional, tmp_path_factory):
     """A folder with good and damaged files for the mistakes above."""
     folder = tmp_path_factory.mktemp("mistaken")
-    for name in ("grammar", "cut", "broken", "words", "changed", "high"):
+    for name in ("grammar", "cut", "broken", "words", "changed", "high", "empty", "listed"):
         shutil.copytree(conditional / "data/grammar", folder / name)
     for name, run in (("trained", "grammar-diagonal"), ("any", "any"), ("guided", "guided")):
         shutil.copytree(conditional / "runs" / run, folder / name)
@@ -1391,6 +1430,12 @@ def mistaken(conditional, tmp_path_factory):
     for name, key, value in (("words", "vocab", meta["vocab"][::-1]), ("changed", "sha256", {})):
         (folder / name / "meta.json").write_text(json.dumps(meta | {key: value}))
     (folder / "broken/meta.json").write_text("{")
+    (folder / "listed/meta.json").write_text("[]")
+    (folder / "empty/meta.json").write_text(json.dumps(meta | {"train_rows": 0}))
+    (folder / "empty/train.bin").write_bytes(b"")
+    flags = ["--data", "grammar", "--out", "joint", "--steps", 1]
+    program, *joint = STAGES["joint"]
+    python(program, *joint, *RUN, *flags, cwd=folder)
     os.truncate(folder / "cut/train.bin", 1001)
     rows = np.memmap(folder / "high/val.bin", "<u2", "r+")
     rows[-1] = 999
@@ -1402,7 +1447,8 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
     (folder / "picture.png").write_bytes(b"\x89PNG")
     np.save(folder / "floats.npy", np.ones((2, 3)))
-    np.save(folder / "high.npy", np.full((2, 3), 52))
+    np.save(folder / "high.npy", np.full((2, 10), 52))
+    np.save(folder / "narrow.npy", np.zeros((2, 3), int))
     return folder
 
 

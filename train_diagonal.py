@@ -60,7 +60,18 @@ from model import (
     resolve_machine,
     save_checkpoint,
 )
-from prepare_data import Help, fraction, positive, read_meta, read_rows, same_tokens, say
+from prepare_data import (
+    Help,
+    amount,
+    fraction,
+    hold,
+    natural,
+    positive,
+    read_meta,
+    read_rows,
+    same_tokens,
+    say,
+)
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -279,6 +290,8 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     """
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
+    if not len(data["train"]):
+        raise SystemExit(f"{args.data} has no training rows: it was made with --val-only")
     model.to(device)
     ema.to(device).requires_grad_(False)
     saved = {"model": model, "ema": ema}
@@ -292,6 +305,7 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     optimizer = torch.optim.Adam([{"params": group} for group in groups], betas=betas, fused=True)
     saved["optimizer"] = optimizer
     start = restore(args, saved, meta) if args.resume else 0
+    lock = hold_run(args.out) if rank == 0 else None
     check_ranks_agree(start, meta, args)
     if rank == 0:
         write_config(args, start)
@@ -376,6 +390,8 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     any_rank(False)  # no rank leaves before rank 0 has written
     reader.shutdown()
     log.bar.close()
+    if lock:
+        lock.close()
 
 
 def catch_signals():
@@ -569,23 +585,33 @@ def restore(args, saved, meta):
     checkpoint = read_checkpoint(args.out)
     was = checkpoint["args"] | {"data set (sha256)": checkpoint["meta"]["sha256"]}
     now = plain(args) | {"data set (sha256)": meta["sha256"]}
-    for key, value in now.items():
-        if key not in MAY_CHANGE and was.get(key) != value:
-            found = f"{args.out} was trained with {key} {was.get(key)}, not {value}"
+    for key in (*now, "loss"):  # stage 1 has no --loss
+        if key not in MAY_CHANGE and was.get(key) != now.get(key):
+            found = (
+                f"{args.out} was trained with {key} {was.get(key)!s:.60}, not {now.get(key)!s:.60}"
+            )
             raise SystemExit(f"{found}; resume with the same flags, or name another --out")
     if checkpoint["step"] >= args.steps:
         raise SystemExit(f"{args.out} is already at step {checkpoint['step']}; raise --steps")
     for key in ("steps", "lr", "warmup", "cooldown", "clip", "ema", "keep"):
         if was[key] != getattr(args, key):
-            print(f"resuming with --{key} {getattr(args, key)}; it was {was[key]}", file=sys.stderr)
+            say(f"resuming with --{key} {getattr(args, key)}; it was {was[key]}")
     for name, part in saved.items():
         part.load_state_dict(checkpoint[name])
     return checkpoint["step"]
 
 
+def hold_run(folder):
+    """Make a run's folder and keep other processes from writing it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return hold(folder / "lock")
+    except OSError as error:
+        raise SystemExit(f"cannot write {folder}: {error.strerror}; change --out") from None
+
+
 def write_config(args, start):
     """Write config.json and flags.txt, and keep the lines up to step `start` of an old log."""
-    args.out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit()}
     flags = []
@@ -623,13 +649,13 @@ def training_flags(parser, steps):
     add("--steps", type=positive, default=steps, help="optimizer steps")
     add("--batch-size", type=positive, default=512, help="rows a step, over all ranks")
     add("--micro-batch", type=positive, help="rows a rank takes at once (default: at most 64)")
-    add("--lr", type=float, default=3e-4, help="learning rate of Adam")
-    add("--warmup", type=int, default=2500, help="steps of linear warm-up of the learning rate")
-    add("--cooldown", type=int, default=0, help="final steps, in which it falls linearly to 0")
+    add("--lr", type=amount, default=3e-4, help="learning rate of Adam")
+    add("--warmup", type=natural, default=2500, help="steps of linear warm-up of the learning rate")
+    add("--cooldown", type=natural, default=0, help="final steps, in which it falls linearly to 0")
     add("--beta2", type=fraction, default=0.999, help="Adam's second decay")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--clip", type=amount, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--ema", type=fraction, default=0.9999, help="decay per step of the averaged weights")
-    add("--seed", type=int, default=0, help="seed of weights, row order, times and noise")
+    add("--seed", type=natural, default=0, help="seed of weights, row order, times and noise")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--diagonal-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
     add = parser.add_argument_group("logging").add_argument
@@ -704,7 +730,7 @@ def model_from(args, meta, parser):
         if getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             raise SystemExit(f"--init {args.init} has fixed --{flag}: drop it, or drop --init")
-    model, checkpoint = load_model(args.init)
+    model, checkpoint = load_model(args.out if args.resume else args.init)
     same_tokens(args.init, checkpoint["meta"], args.data, meta)
     vars(args).update({name: checkpoint["args"][name] for name in fixed})
     config = asdict(model.config) | {"seq_len": meta["seq_len"]}
