@@ -14,7 +14,8 @@ generative perplexity, by the protocol of `judge_scores`; it needs `transformers
 
 Also reported: the entropy of each sample's tokens, the shares of 4-grams that are distinct or
 copied from training rows, and speed. Intervals are 95%, by bootstrap over samples. Writes JSON
-(default: evaluation.json in the run's folder) and, beside it, the printed table in Markdown.
+(default: evaluation.json in the run's folder, evaluation-NAME.json for a checkpoint file) and,
+beside it, the printed table in Markdown.
 """
 
 import argparse

@@ -200,9 +200,9 @@ def reason(error):
 
 
 def hold(path):
-    """Keep other processes from writing the same thing; `path` is the file that says so.
+    """Keep other processes from writing the same thing, until `release` or this process ends.
 
-    Until the returned file is closed, at the latest when this process ends.
+    `path` is the file that is locked. SystemExit if another process holds it.
     """
     file = open(path, "w")  # noqa: SIM115
     try:
@@ -210,6 +210,11 @@ def hold(path):
     except BlockingIOError:
         raise SystemExit(f"another process is writing here, it holds {path}: wait for it") from None
     return file
+
+
+def release(lock):
+    os.unlink(lock.name)
+    lock.close()
 
 
 def prepare(args):
@@ -231,8 +236,7 @@ def prepare(args):
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
-        os.unlink(lock.name)
-        lock.close()
+        release(lock)
     return meta
 
 

@@ -267,13 +267,13 @@ def test_the_whole_road(work, loss):
     runs = ["runs/grammar-diagonal", f"runs/grammar-{loss}/checkpoint-2.pt"]
     flags = ["--checkpoint", *runs, "--nfe", 1, 2, "--num-samples", 16]
     out = python("evaluate.py", *flags, cwd=work).stdout
-    results = json.loads((run / "evaluation.json").read_text())["results"]
+    results = json.loads((run / "evaluation-checkpoint-2.json").read_text())["results"]
     assert [r["sampler"] for r in results] == [None] * 3 + ["euler"] * 2 + ["flow-map"] * 2
     names = [results[3]["model"], results[5]["model"]]
     assert names == ["grammar-diagonal", f"grammar-{loss}/checkpoint-2"]
     assert results[0]["grammatical"] == 1
     assert all(r["source_entropy"] == prepare_data.grammar_entropy() for r in results)
-    assert (run / "evaluation.md").read_text() in out
+    assert (run / "evaluation-checkpoint-2.md").read_text() in out
 
 
 def test_matching_finds_its_stage_1(work, tmp_path):
@@ -942,7 +942,7 @@ def test_one_writer_at_a_time(work, tmp_path):
     done = python("train_diagonal.py", *flags, cwd=tmp_path, ok=False)
     assert "another process" in done.stderr
     assert [path.name for path in run.iterdir()] == ["lock"]
-    first.close()
+    prepare_data.release(first)
     with prepare_data.hold(tmp_path / "g.lock"):
         done = python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path, ok=False)
     assert "another process" in done.stderr

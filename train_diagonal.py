@@ -69,6 +69,7 @@ from prepare_data import (
     positive,
     read_meta,
     read_rows,
+    release,
     same_tokens,
     say,
 )
@@ -305,9 +306,9 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     optimizer = torch.optim.Adam([{"params": group} for group in groups], betas=betas, fused=True)
     saved["optimizer"] = optimizer
     start = restore(args, saved, meta) if args.resume else 0
-    lock = hold_run(args.out) if rank == 0 else None
     check_ranks_agree(start, meta, args)
     if rank == 0:
+        lock = hold_run(args.out)
         write_config(args, start)
     for network in trained:
         network.activation_checkpointing = args.activation_checkpointing
@@ -390,8 +391,8 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
     any_rank(False)  # no rank leaves before rank 0 has written
     reader.shutdown()
     log.bar.close()
-    if lock:
-        lock.close()
+    if rank == 0:
+        release(lock)
 
 
 def catch_signals():
