@@ -1617,7 +1617,7 @@ def test_gpu_dry_run(tmp_path):
     flags = ["--dry-run", "--out", tmp_path / "all"]
     assert "prepare_data.py" in finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
     lines = (tmp_path / "all/record.jsonl").read_text().splitlines()
-    assert [json.loads(line)["code"] for line in lines] == [0] * 17
+    assert [json.loads(line)["code"] for line in lines] == [0] * 22
     agreement = json.loads((tmp_path / "all/ranks.json").read_text())
     assert all(float(row["furthest from bfloat16"]) < 1e-2 for row in agreement)
     assert json.loads((tmp_path / "all/scores.json").read_text())["bound"]

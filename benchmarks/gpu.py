@@ -11,7 +11,9 @@
     ranks     two ranks on one GPU, a resumed run, and float32 beside bfloat16: the same losses?
     judge     a small judge of text, trained on --data
     diagonal  eight minutes of stage 1 on --data; then psd, esd and dmd, five minutes each
-    scores    gen-PPL by the judge, entropy and the likelihood bound of all four
+    choices   the linear schedule, ESD with more jumps from noise, ESD by its signed form
+    blocks    blocks after a context: four minutes of training, then guidance
+    scores    gen-PPL by the judge, entropy and the likelihood bound of all but `blocks`
 
 Each command's output goes to results/gpu/NAME.log as it runs, its numbers to NAME.json or .jsonl,
 and a line about it to results/gpu/record.jsonl: hardware, versions, time, exit code. A command that
@@ -179,8 +181,8 @@ def diagonal(runner):
     text(runner, "diagonal", f"train_diagonal.py {flags}", minutes=8)
 
 
-def distil(runner, name, start, flags):
-    text(runner, name, f"distill.py --checkpoint {runner.runs}/{start} {flags}", minutes=5)
+def distil(runner, name, start, flags, minutes=5):
+    text(runner, name, f"distill.py --checkpoint {runner.runs}/{start} {flags}", minutes)
 
 
 def psd(runner):
@@ -199,9 +201,31 @@ def dmd(runner):
     distil(runner, "dmd", "psd", "--loss dmd --warmup 20")
 
 
+def choices(runner):
+    """What else might matter: two minutes each, four for stage 1."""
+    size = "tiny" if runner.dry else "small"
+    flags = f"--size {size} --warmup 200 --lr 1e-3 --schedule linear"
+    text(runner, "linear", f"train_diagonal.py {flags}", minutes=4)
+    more = DISTIL.replace("--boundary 0.125", "--boundary 0.5")
+    distil(runner, "esd-noise", "diagonal", f"--loss esd {more}", minutes=2)
+    signed = f"--loss esd --target signed --psd-share 0.5 {DISTIL}"
+    distil(runner, "esd-signed", "diagonal", signed, minutes=2)
+
+
+def blocks(runner):
+    """Blocks after a context, and what guidance does to them."""
+    size = "tiny" if runner.dry else "small"
+    flags = f"--size {size} --warmup 200 --lr 1e-3 --context any"
+    text(runner, "blocks", f"train_diagonal.py {flags}", minutes=4)
+    flags = "--nfe 2 --guidance 1" if runner.dry else "--nfe 32 --guidance 0 1 1.5 2"
+    flags += f" --checkpoint {runner.runs}/blocks --judge {runner.runs}/judge"
+    runner.run("guidance", f"benchmarks/context.py {flags} --output {runner.out}/guidance.json")
+
+
 def scores(runner):
-    """All four networks, by the judge and the bound."""
-    names = [name for name in ("diagonal", "psd", "esd", "dmd") if checkpointed(runner.runs / name)]
+    """All networks that write whole rows, by the judge and the bound."""
+    names = ("diagonal", "psd", "esd", "dmd", "linear", "esd-noise", "esd-signed")
+    names = [name for name in names if checkpointed(runner.runs / name)]
     count, rows = (8, 2) if runner.dry else (256, 256)
     paths = " ".join(f"{runner.runs}/{name}" for name in names)
     flags = f"--checkpoint {paths} --nfe 1 2 4 8 64 --num-samples {count} --bound {rows}"
@@ -209,7 +233,8 @@ def scores(runner):
     runner.run("scores", f"evaluate.py {flags}")
 
 
-PARTS = {part.__name__: part for part in (speed, ranks, judge, diagonal, psd, esd, dmd, scores)}
+PARTS = (speed, ranks, judge, diagonal, psd, esd, dmd, choices, blocks, scores)
+PARTS = {part.__name__: part for part in PARTS}
 
 
 def main():
