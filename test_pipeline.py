@@ -130,7 +130,7 @@ def start(script, *flags, cwd, launcher=(), **options):
 
 def finish(process, cwd, codes=(0,)):
     """Wait for a process to end with one of these exit codes; its output."""
-    code = process.wait(timeout=200)
+    code = process.wait(timeout=500)
     output = (cwd / "output").read_text()
     assert code in codes, output
     return output
