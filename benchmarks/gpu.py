@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from evaluate import table
-from prepare_data import Help
+from prepare_data import Help, read_meta
 
 ROOT = Path(__file__).parent.parent
 
@@ -251,6 +251,8 @@ def main():
         raise SystemExit("there is no CUDA device here; --dry-run tries the parts without one")
     args.out = args.out or Path("runs/gpu" if args.dry_run else "results/gpu")
     args.data = args.data or (args.out / "runs/grammar" if args.dry_run else Path("data/wiki"))
+    if not args.dry_run and set(args.parts) - {"speed"}:
+        read_meta(args.data)  # ends with what to do if there is none
     runner = Runner(args)
     if args.dry_run:
         runner.run("data", f"prepare_data.py grammar --out {args.data}")
