@@ -417,9 +417,7 @@ def spread(rows, share):
 
 # ------------------------------------------------------------------------------------------------
 # What stage 1 has fixed; distill.py takes these flags with --joint alone.
-FIXED = (
-    "size schedule schedule_blend position_lag interpolant context block_size context_dropout"
-).split()
+FIXED = [*train_diagonal.MODEL_FLAGS, "context", "block_size", "context_dropout"]
 
 
 def check_flags(parser, args):
@@ -435,10 +433,9 @@ def check_flags(parser, args):
         raise SystemExit("--stage1-checkpoint needs --loss dmd: others name it with --checkpoint")
     if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
         raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
-    given = [name for name in FIXED if getattr(args, name) != parser.get_default(name)]
-    if given and not args.joint:
-        flag = given[0].replace("_", "-")
-        raise SystemExit(f"stage 1 has fixed --{flag}: set it in train_diagonal.py, or add --joint")
+    flag = train_diagonal.first_given(parser, args, FIXED)
+    if flag and not args.joint:
+        raise SystemExit(f"stage 1 has fixed {flag}: set it in train_diagonal.py, or add --joint")
     if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):
         raise SystemExit("--guidance needs --loss psd and --diagonal-from stage1")
     if args.diagonal_share is None:

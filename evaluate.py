@@ -58,6 +58,12 @@ def load_judge(name, device):
     return judge.to(device).eval(), tokenizer
 
 
+def judge_ids(texts, tokenizer, max_length):
+    """The judge's token ids of each text, a list each, cut at max_length."""
+    how = dict(add_special_tokens=False, truncation=True, max_length=max_length)
+    return tokenizer(texts, **how)["input_ids"]
+
+
 @torch.no_grad()
 def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     """(NLL in nats, tokens counted) of each text, float64 (N, 2); gen-PPL is exp(sum / sum).
@@ -72,8 +78,7 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     FLM's code has [CLS] for both; with ours real rows of LM1B have an entropy of 4.34, the paper's.
     """
     eos = tokenizer.eos_token_id
-    cut = dict(add_special_tokens=False, truncation=True, max_length=max_length)
-    ids = tokenizer(texts, **cut)["input_ids"]
+    ids = judge_ids(texts, tokenizer, max_length)
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = np.zeros((len(ids), 2))
     starts = range(0, len(ids), batch_size)
@@ -314,8 +319,13 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     return middle, cross_entropy, cross_entropy + integral
 
 
-def bound_row(name, folder, model, rows, meta, args):
-    """The bound at its best r*: a row of a table, in nats a token without the BOS-EOS frame."""
+def bound_row(name, folder, model, val, meta, args):
+    """The bound of args.bound rows of `val` at its best r*: a row of a table.
+
+    In nats a token, without the BOS-EOS frame.
+    """
+    chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
+    rows = val[np.sort(chosen)]
     tokens_per_row = meta["seq_len"] - 2 * (meta["bos_id"] is not None)
     r, _, bound = likelihood_bound(model, rows, args.seed, args.batch_size)
     best = bound.mean(1).argmin()
@@ -359,8 +369,7 @@ class Scorer:
         """One row of the table, for samples as rows of ids, or as texts if there is no data set."""
         texts = texts or [decode(self.meta, row) for row in rows]
         if rows is None:  # the judge's own tokens
-            cut = dict(add_special_tokens=False, truncation=True, max_length=self.length)
-            rows = self.tokenizer(texts, **cut)["input_ids"]
+            rows = judge_ids(texts, self.tokenizer, self.length)
         weights = resamples(len(rows))
         result = {"model": name, **facts, "samples": len(rows)}
         extra = {}
@@ -611,11 +620,10 @@ def main():
         for name, (model, _, euler) in zip(names, loaded, strict=True):
             results += model_rows(args, scorer, name, model, euler)
     bounds = []
-    for name, (model, _, _) in zip(names, loaded, strict=True) if args.bound else ():
-        for folder, (meta, _, val) in sets.items():
-            chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
-            bounds.append(bound_row(name, folder, model, val[np.sort(chosen)], meta, args))
-
+    if args.bound:
+        for name, (model, _, _) in zip(names, loaded, strict=True):
+            for folder, (meta, _, val) in sets.items():
+                bounds.append(bound_row(name, folder, model, val, meta, args))
     write_scores(args, loaded, sets, results, bounds)
     if args.plot:
         plot(args.plot, results)

@@ -850,11 +850,14 @@ def read_checkpoint(path):
     raise SystemExit(f"{found}; train one, or name another checkpoint or run folder")
 
 
-def load_model(path, device="cpu"):
-    """(DiT with the averaged weights in eval mode, the dict) of a checkpoint or a run's folder."""
+def load_model(path, device="cpu", **changes):
+    """(DiT with the averaged weights in eval mode, the dict) of a checkpoint or a run's folder.
+
+    changes: entries of its `ModelConfig` to replace that no weight depends on, such as seq_len.
+    """
     checkpoint = read_checkpoint(path)
     try:
-        model = DiT(ModelConfig(**checkpoint["model_config"]))
+        model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
         model.load_state_dict(checkpoint["ema"], strict=True)
     except (TypeError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -128,9 +128,9 @@ def start(script, *flags, cwd, launcher=(), **options):
         return subprocess.Popen(list(map(str, command)), **options)
 
 
-def finish(process, cwd, codes=(0,)):
+def finish(process, cwd, codes=(0,), seconds=200):
     """Wait for a process to end with one of these exit codes; its output."""
-    code = process.wait(timeout=500)
+    code = process.wait(timeout=seconds)
     output = (cwd / "output").read_text()
     assert code in codes, output
     return output
@@ -975,6 +975,23 @@ def test_a_dying_process_ends_the_preparation(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("data/*"))
 
 
+def test_validation_split_from_the_hub(letters, tmp_path, monkeypatch):
+    """--config names a configuration on the hub; --val-only takes its validation split whole."""
+    import datasets  # after `letters`: the program sets what this import reads
+
+    texts = {"train": ["ab" * 8], "validation": ["cd" * 8, "dc" * 8], "test": ["ef" * 8]}
+    splits = {name: datasets.Dataset.from_dict({"text": text}) for name, text in texts.items()}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **where: asked.append(where) or splits)
+    flags = ["--source", "owner/name", "--config", "small", "--val-only", "--tokenizer", "char"]
+    python("prepare_data.py", "file", *flags, "--seq-len", 4, cwd=tmp_path)
+    assert asked == [{"path": "owner/name", "name": "small"}]
+    meta = read_meta(tmp_path / "data/file")
+    assert (meta["train_rows"], meta["settings"]["config"]) == (0, "small")
+    rows = read_rows(tmp_path / "data/file", "val", meta)
+    assert "".join(decode(meta, row) for row in rows) == "cd" * 8 + "\n" + "dc" * 7 + "d"
+
+
 def test_bom_is_not_text(tmp_path):
     """A UTF-8 byte order mark is no character of the text, in .txt and .jsonl."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"ab\n" * 40)
@@ -1615,7 +1632,8 @@ def test_sampling_in_bfloat16_keeps_its_times(work):
 def test_gpu_dry_run(tmp_path):
     """All that is to be measured on a GPU runs at toy size; what ended well is not repeated."""
     flags = ["--dry-run", "--out", tmp_path / "all"]
-    assert "prepare_data.py" in finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
+    process = start("benchmarks/gpu.py", *flags, cwd=tmp_path)
+    assert "prepare_data.py" in finish(process, tmp_path, seconds=500)  # some twenty programs
     lines = (tmp_path / "all/record.jsonl").read_text().splitlines()
     assert [json.loads(line)["code"] for line in lines] == [0] * 22
     agreement = json.loads((tmp_path / "all/ranks.json").read_text())

@@ -430,6 +430,12 @@ def means(sums, count):
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16
 
 
+def peak_flops(device):
+    """Dense bf16 FLOPs a second of the GPU in use; None if it is not a known one."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+
+
 def flops_per_row(model, L):
     """FLOPs of one forward pass over one row: 2 per weight and token, and attention's 4 L D."""
     # The modulation acts once a row, not on every token.
@@ -500,18 +506,16 @@ class Log:
         """Time since `reset`, compilation included, peak memory, and on known GPUs the MFU."""
         unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        gpu = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-            gpu = torch.cuda.get_device_name()
         seconds = (time.perf_counter() - self.clock) / self.steps
         rows = self.args.batch_size / seconds
         out = {"seconds_per_step": seconds, "tokens_per_second": rows * self.seq_len}
         out["peak_memory_gb"] = peak / 1e9
-        for name, flops in PEAK_FLOPS.items():
-            if name in gpu and not self.args.context:  # contexts cost less than whole rows
-                out["mfu"] = rows * self.flops / (flops * self.world)
+        flops = peak_flops(self.device)
+        if flops and not self.args.context:  # contexts cost less than whole rows
+            out["mfu"] = rows * self.flops / (flops * self.world)
         return out
 
     def say(self, text):
@@ -681,6 +685,16 @@ def context_flags(parser):
     add("--context-dropout", type=fraction, default=0.1, help="share without it, for guidance")
 
 
+# The flags of a network trained from scratch; one that starts from a checkpoint has them from it.
+MODEL_FLAGS = "size schedule schedule_blend position_lag interpolant".split()
+
+
+def first_given(parser, args, names):
+    """The first of these flags that is not at its default, as "--flag"; None if all are."""
+    given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    return "--" + given[0].replace("_", "-") if given else None
+
+
 def model_flags(parser):
     """The flags that shape a network trained from scratch."""
     add = parser.add_argument_group("model").add_argument
@@ -726,18 +740,13 @@ def new_model(args, meta):
 
 def model_from(args, meta, parser):
     """The averaged weights of the checkpoint args.init, to go on with on rows of any length."""
-    fixed = "size interpolant schedule schedule_blend position_lag".split()
-    for name in fixed:
-        if getattr(args, name) != parser.get_default(name):
-            flag = name.replace("_", "-")
-            raise SystemExit(f"--init {args.init} has fixed --{flag}: drop it, or drop --init")
-    model, checkpoint = load_model(args.out if args.resume else args.init)
-    same_tokens(args.init, checkpoint["meta"], args.data, meta)
-    vars(args).update({name: checkpoint["args"][name] for name in fixed})
-    config = asdict(model.config) | {"seq_len": meta["seq_len"]}
-    longer = DiT(ModelConfig(**config))
-    longer.load_state_dict(checkpoint["ema"])
-    return longer
+    if flag := first_given(parser, args, MODEL_FLAGS):
+        raise SystemExit(f"--init {args.init} has fixed {flag}: drop it, or drop --init")
+    path = args.out if args.resume else args.init
+    model, checkpoint = load_model(path, seq_len=meta["seq_len"])
+    same_tokens(path, checkpoint["meta"], args.data, meta)
+    vars(args).update({name: checkpoint["args"][name] for name in MODEL_FLAGS})
+    return model.train().requires_grad_(True)
 
 
 def main():

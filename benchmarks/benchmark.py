@@ -60,7 +60,7 @@ from model import (
 )
 from prepare_data import Help
 from sample import check_output, generate
-from train_diagonal import PEAK_FLOPS, cross_entropy, diagonal, flops_per_row, gradients
+from train_diagonal import cross_entropy, diagonal, flops_per_row, gradients, peak_flops
 
 # ------------------------------------------------------------------------------------------------
 # The steps, as objectives of train_diagonal.
@@ -274,7 +274,7 @@ class Bench:
             grads, _ = gradients(params, objective, self.model, [(self.tokens, draw)], False)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
-        for group, optimizer in zip(trained, self.optimizers, strict=False):
+        for group, optimizer in zip(trained, self.optimizers[:networks], strict=True):
             torch.nn.utils.clip_grad_norm_(group, 1.0)
             optimizer.step()
 
@@ -303,8 +303,7 @@ def steps(args):
     calls = {name: bench.call(name) for name in args.only}
     results = interleaved(calls, args.repeats, bench.device)
     first = results[args.only[0]]["seconds"]
-    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = peak_flops(bench.device)
     rows = []
     for name, result in results.items():
         _, added = counted_step(args, name, args.vocab_size, args.rows, args.seq_len)
@@ -391,13 +390,7 @@ def kernels(args):
     ]
 
 
-PARTS = {
-    "steps": steps,
-    "sampling": sampling,
-    "memory": memory,
-    "fit": fit,
-    "kernels": kernels,
-}
+PARTS = {part.__name__: part for part in (steps, sampling, memory, fit, kernels)}
 
 
 def main():

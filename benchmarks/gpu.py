@@ -58,13 +58,9 @@ class Runner:
         on_gpu = torch.cuda.is_available() and not self.dry
         self.machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
 
-    def lines(self):
-        text = self.record.read_text() if self.record.exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
-
     def run(self, name, command, launcher=(sys.executable,)):
         """Run `command`, a string of words, as NAME; whether it has ended well, now or before."""
-        if any(line["name"] == name and line["code"] == 0 for line in self.lines()):
+        if any(line["name"] == name and line["code"] == 0 for line in read_lines(self.record)):
             return True
         print(f"{name}: {command}", flush=True)
         script, *flags = shlex.split(command)
@@ -90,14 +86,14 @@ class Runner:
         log = folder / "log.jsonl"
         if log.exists():
             shutil.copy(log, self.out / f"{name}.jsonl")
-        return read_log(self.out / f"{name}.jsonl")
+        return read_lines(self.out / f"{name}.jsonl")
 
 
 def checkpointed(folder):
     return any(folder.glob("checkpoint-*.pt"))
 
 
-def read_log(path):
+def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -140,7 +136,8 @@ def ranks(runner):
     others["resumed"] = runner.train("resumed", f"{base} --steps 20 --dtype bfloat16")
     rows = []
     for name, lines in others.items():
-        pairs = [(a["diagonal_ce"], b["diagonal_ce"]) for a, b in zip(whole, lines, strict=False)]
+        both = zip(whole, lines, strict=False)  # some runs are shorter
+        pairs = [(a["diagonal_ce"], b["diagonal_ce"]) for a, b in both]
         apart = max((abs(a - b) / a for a, b in pairs), default=float("nan"))
         rows.append({"run": name, "steps": len(pairs), "furthest from bfloat16": f"{apart:.1e}"})
     (runner.out / "ranks.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -161,7 +158,10 @@ DISTIL = "--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.125 --warmup
 
 
 def text(runner, name, command, minutes):
-    """Train for so many minutes, by the speed of a short run before it; lr falls over 80%."""
+    """Train for about `minutes`. A short run before it measures the speed.
+
+    The learning rate falls over the last 80% of the steps.
+    """
     command = f"{command} {BOTH} --data {runner.data}"
     steps = 4
     if runner.dry:
@@ -174,11 +174,15 @@ def text(runner, name, command, minutes):
     runner.train(name, f"{command} --steps {steps} --cooldown {int(0.8 * steps)}")
 
 
+def stage1(runner, name, flags, minutes):
+    size = "tiny" if runner.dry else "small"
+    command = f"train_diagonal.py --size {size} --warmup 200 --lr 1e-3 {flags}"
+    text(runner, name, command, minutes)
+
+
 def diagonal(runner):
     """Stage 1 on text."""
-    size = "tiny" if runner.dry else "small"
-    flags = f"--size {size} --warmup 200 --lr 1e-3"
-    text(runner, "diagonal", f"train_diagonal.py {flags}", minutes=8)
+    stage1(runner, "diagonal", "", minutes=8)
 
 
 def distil(runner, name, start, flags, minutes=5):
@@ -203,9 +207,7 @@ def dmd(runner):
 
 def choices(runner):
     """What else might matter: two minutes each, four for stage 1."""
-    size = "tiny" if runner.dry else "small"
-    flags = f"--size {size} --warmup 200 --lr 1e-3 --schedule linear"
-    text(runner, "linear", f"train_diagonal.py {flags}", minutes=4)
+    stage1(runner, "linear", "--schedule linear", minutes=4)
     more = DISTIL.replace("--boundary 0.125", "--boundary 0.5")
     distil(runner, "esd-noise", "diagonal", f"--loss esd {more}", minutes=2)
     signed = f"--loss esd --target signed --psd-share 0.5 {DISTIL}"
@@ -214,9 +216,7 @@ def choices(runner):
 
 def blocks(runner):
     """Blocks after a context, and what guidance does to them."""
-    size = "tiny" if runner.dry else "small"
-    flags = f"--size {size} --warmup 200 --lr 1e-3 --context any"
-    text(runner, "blocks", f"train_diagonal.py {flags}", minutes=4)
+    stage1(runner, "blocks", "--context any", minutes=4)
     flags = "--nfe 2 --guidance 1" if runner.dry else "--nfe 32 --guidance 0 1 1.5 2"
     flags += f" --checkpoint {runner.runs}/blocks --judge {runner.runs}/judge"
     runner.run("guidance", f"benchmarks/context.py {flags} --output {runner.out}/guidance.json")
@@ -233,8 +233,8 @@ def scores(runner):
     runner.run("scores", f"evaluate.py {flags}")
 
 
-PARTS = (speed, ranks, judge, diagonal, psd, esd, dmd, choices, blocks, scores)
-PARTS = {part.__name__: part for part in PARTS}
+ORDER = (speed, ranks, judge, diagonal, psd, esd, dmd, choices, blocks, scores)
+PARTS = {part.__name__: part for part in ORDER}
 
 
 def main():
@@ -259,8 +259,9 @@ def main():
     for part in args.parts:
         PARTS[part](runner)
     shown = ("name", "code", "seconds", "machine")
-    print(table([{key: line[key] for key in shown} for line in runner.lines()]))
-    if any(line["code"] for line in runner.lines()):
+    lines = read_lines(runner.record)
+    print(table([{key: line[key] for key in shown} for line in lines]))
+    if any(line["code"] for line in lines):
         raise SystemExit(f"some commands failed; their output is in {args.out}")
 
 
