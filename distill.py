@@ -433,7 +433,7 @@ def check_flags(parser, args):
         raise SystemExit("--stage1-checkpoint needs --loss dmd: others name it with --checkpoint")
     if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
         raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
-    flag = train_diagonal.first_given(parser, args, FIXED)
+    flag = train_diagonal.first_given(parser, FIXED)
     if flag and not args.joint:
         raise SystemExit(f"stage 1 has fixed {flag}: set it in train_diagonal.py, or add --joint")
     if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):

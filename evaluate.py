@@ -15,7 +15,7 @@ generative perplexity, by the protocol of `judge_scores`; it needs `transformers
 Also reported: the entropy of each sample's tokens, the shares of 4-grams that are distinct or
 copied from training rows, and speed. Intervals are 95%, by bootstrap over samples. Writes JSON
 (default: evaluation.json in the run's folder, evaluation-NAME.json for a checkpoint file) and,
-beside it, the printed table in Markdown.
+beside it, the printed table in Markdown; the bound alone goes to bound.json.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def read_samples(path, meta):
             if rows.dtype.kind not in "iu" or rows.shape[1:] != (meta["seq_len"],) or not rows.size:
                 raise ValueError(f"found {rows.dtype} {rows.shape}, L is {meta['seq_len']}")
             if rows.min() < 0 or rows.max() >= meta["vocab_size"]:
-                raise ValueError(f"ids go up to {rows.max()}, V is {meta['vocab_size']}")
+                raise ValueError(f"ids {rows.min()} to {rows.max()}, V is {meta['vocab_size']}")
             return rows.astype(np.int64), [decode(meta, row) for row in rows]
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028 too
         texts = texts if texts[-1] else texts[:-1]
@@ -458,7 +458,8 @@ def parse_args():
     text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
     add("--bound", type=positive, help=text)
     add("--show", type=int, default=0, help="print this many samples for each row of the table")
-    add("--output", type=Path, help="JSON to write (default: evaluation.json in the run's folder)")
+    text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"
+    add("--output", type=Path, help=text)
     add("--plot", type=Path, help="PNG to draw: NFE against the main score")
     add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
     add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
@@ -481,8 +482,9 @@ def parse_args():
         raise SystemExit("--plot draws scores against NFE: give --nfe")
     if not args.output:
         last = (args.checkpoint or [Path()])[-1]
-        of_file = last.parent / f"evaluation-{last.stem}.json"
-        args.output = last / "evaluation.json" if last.is_dir() else of_file
+        stem = "evaluation" if args.nfe or args.samples else "bound"
+        of_file = last.parent / f"{stem}-{last.stem}.json"
+        args.output = last / f"{stem}.json" if last.is_dir() else of_file
     check_output("--output", args.output, [".json"])
     if args.plot:
         check_output("--plot", args.plot, [".png"])
@@ -541,6 +543,8 @@ def model_rows(args, scorer, name, model, euler):
         speed = {}
         if args.entropy:
             temperature, ids = draw_at_entropy(draw, args.entropy)
+            if not temperature:
+                say(f"{name}, {nfe} NFE: its most probable tokens have more than --entropy already")
         else:
             start = time.perf_counter()
             ids = draw(temperature=temperature)
@@ -627,6 +631,8 @@ def main():
     write_scores(args, loaded, sets, results, bounds)
     if args.plot:
         plot(args.plot, results)
+    if unscored := [row["model"] for row in results if row.get("gen_ppl", 0) is None]:
+        raise SystemExit(f"nothing to score in {', '.join(unscored)}: no text has two tokens")
 
 
 if __name__ == "__main__":

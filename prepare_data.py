@@ -172,6 +172,8 @@ def load_documents(args):
     columns = splits[0].features
     if getattr(columns.get(args.column), "dtype", None) not in ("string", "large_string"):
         raise SystemExit(f"no text in column {args.column!r}; --column takes one of {[*columns]}")
+    if missing := sum(split.data.column(args.column).null_count for split in splits):
+        say(f"{missing:,} documents have no {args.column!r}: they count as empty")
     if args.limit is not None:
         splits = [split.take(min(args.limit, len(split))) for split in splits]
     if args.val_documents and len(splits) == 1:
@@ -186,8 +188,10 @@ def say(text):
     """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise SystemExit(f"cannot write to stdout: {error.strerror}") from None
 
 
 def reason(error):
@@ -234,6 +238,8 @@ def prepare(args):
         refuse_others(args.out)  # again: building can take hours
         shutil.rmtree(args.out, ignore_errors=True)
         partial.rename(args.out)
+    except OSError as error:
+        raise SystemExit(f"cannot write {partial}: {error}; make room, or change --out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
         release(lock)
@@ -242,6 +248,8 @@ def prepare(args):
 
 def refuse_others(folder):
     """SystemExit if `folder` exists and holds more than a data set: we delete nobody's files."""
+    if os.path.ismount(folder):  # it cannot be replaced by a renamed folder
+        raise SystemExit(f"{folder} is a mount point; name a folder in it with --out")
     if folder.exists() and not (folder.is_dir() and FILES.issuperset(os.listdir(folder))):
         raise SystemExit(f"{folder} exists and is not just a data set; name another with --out")
 

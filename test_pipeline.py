@@ -950,6 +950,25 @@ def test_one_writer_at_a_time(work, tmp_path):
     assert not (tmp_path / "g.lock").exists()
 
 
+def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
+    """Nothing is deleted where a renamed folder cannot take the old one's name."""
+    python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "g")
+    flags = ["grammar", "--out", tmp_path / "g", "--force"]
+    done = python("prepare_data.py", *flags, cwd=tmp_path, ok=False)
+    assert "mount point" in one_line(done)
+    assert read_meta(tmp_path / "g")
+
+
+def test_documents_without_text_are_counted(tmp_path):
+    """Lines of .jsonl without the column are empty documents, and the program says how many."""
+    lines = [json.dumps({"text": "abcd" * 9}), json.dumps({"txt": "efgh"})] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    flags = ["--source", "a.jsonl", "--tokenizer", "char", "--seq-len", 4]
+    done = python("prepare_data.py", "file", *flags, cwd=tmp_path)
+    assert "3 documents have no 'text'" in done.stdout
+
+
 def test_an_edited_source_is_not_already_there(tmp_path):
     """Files with the same names as before but another size are other sources."""
     flags = ["--source", "a.txt", "--tokenizer", "char", "--seq-len", 4]
@@ -1020,6 +1039,16 @@ def test_work_goes_on_without_a_reader(work, tmp_path, script):
     assert process.returncode == 0, errors
     assert "Error" not in errors
     assert (tmp_path / expected).exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_samples_that_cannot_be_printed(work):
+    """Standard output on a full disk is an error in one line."""
+    command = [sys.executable, HERE / "sample.py", "--checkpoint", work / "runs/grammar-diagonal"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "cannot write to stdout: No space left" in one_line(done)
 
 
 @needs_data
@@ -1293,7 +1322,9 @@ def test_bound_by_data_set(letters):
     found, _ = evaluated(letters, *run, "--bound", 4, "--data", "data/t", "data/v")
     assert found["results"] == []
     assert [(row["data"], row["rows"]) for row in found["bound"]] == [("t", 4), ("v", 4)]
-    alone, _ = evaluated(letters, *run, "--bound", 4)
+    default = letters / "runs/t-diagonal/bound.json"
+    python("evaluate.py", *run, "--bound", 4, cwd=letters)
+    alone = json.loads(default.read_text())
     assert alone["bound"] == found["bound"][:1]
     folders = [letters / "data" / name for name in "tv"]
     assert found["data"] == {str(folder): read_meta(folder)["sha256"] for folder in folders}
@@ -1354,6 +1385,9 @@ def test_evaluate_samples(letters, judge):
     alone = evaluated(letters, "--samples", "s.jsonl", "s.txt", "--judge", judge)[0]["results"]
     assert [r["gen_ppl"] for r in alone] == pytest.approx([results[0]["gen_ppl"]] * 2)
     assert alone[0]["copied_4"] is None
+    (letters / "short.txt").write_text("\n\n")
+    flags = ["--samples", "short.txt", "--judge", judge, "--output", "none.json"]
+    assert "short.txt" in one_line(python("evaluate.py", *flags, cwd=letters, ok=False))
 
 
 def test_evaluate_sentences(work):
@@ -1405,6 +1439,7 @@ MISTAKES = [
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
     ("distill.py --data changed --loss psd --checkpoint trained", "sha256"),
     ("distill.py --data grammar --loss psd --checkpoint trained --context any", "--context"),
+    ("distill.py --data grammar --loss psd --checkpoint trained --size base", "--size"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
     ("distill.py --data grammar --loss psd --micro-batch 1", "--diagonal-share"),
     ("distill.py --data grammar --loss psd --checkpoint any --out guided --resume", "guided"),
@@ -1430,7 +1465,7 @@ MISTAKES = [
     ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples floats.npy --data grammar", "float64"),
-    ("evaluate.py --samples high.npy --data grammar", "ids go up to 52"),
+    ("evaluate.py --samples high.npy --data grammar", "ids 52 to 52"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
 ]
 
@@ -1508,7 +1543,7 @@ def resolved(words, monkeypatch):
             for name in ("prepare", "read_meta", "load_sampler"):  # where the work would begin
                 patch.setattr(module, name, Mock(side_effect=KeyboardInterrupt), raising=False)
         PROGRAMS[script].main()
-    return seen[-1]
+    return seen[0]
 
 
 def test_headline_commands(tmp_path, monkeypatch):

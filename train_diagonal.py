@@ -689,10 +689,11 @@ def context_flags(parser):
 MODEL_FLAGS = "size schedule schedule_blend position_lag interpolant".split()
 
 
-def first_given(parser, args, names):
-    """The first of these flags that is not at its default, as "--flag"; None if all are."""
-    given = [name for name in names if getattr(args, name) != parser.get_default(name)]
-    return "--" + given[0].replace("_", "-") if given else None
+def first_given(parser, names):
+    """The first of these flags on the command line, as "--flag"; None if none is there."""
+    parser.set_defaults(**dict.fromkeys(names, None))  # also one at its default counts
+    args = vars(parser.parse_args())
+    return next(("--" + name.replace("_", "-") for name in names if args[name] is not None), None)
 
 
 def model_flags(parser):
@@ -740,7 +741,7 @@ def new_model(args, meta):
 
 def model_from(args, meta, parser):
     """The averaged weights of the checkpoint args.init, to go on with on rows of any length."""
-    if flag := first_given(parser, args, MODEL_FLAGS):
+    if flag := first_given(parser, MODEL_FLAGS):
         raise SystemExit(f"--init {args.init} has fixed {flag}: drop it, or drop --init")
     path = args.out if args.resume else args.init
     model, checkpoint = load_model(path, seq_len=meta["seq_len"])

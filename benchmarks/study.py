@@ -67,8 +67,8 @@ TEXT = {
 }
 WORDS = {
     "data": "data/words",
-    "both": f"{BOTH} --batch-size 32 --compile",
-    "evaluate": f"{SCORE} --num-samples 256 --judge runs/judge-words",
+    "both": f"{BOTH} --batch-size 32 --compile --dtype bfloat16",
+    "evaluate": f"{SCORE} --num-samples 256 --judge runs/judge-words --dtype bfloat16",
 }
 BPE = {
     "data": "data/bpe",
@@ -127,8 +127,11 @@ def train(study, folder, seed, name):
     program("distill.py", f"{study['both']} {flags}", *more)
 
 
-def run_seed(study, folder, seed, names, file, entropy):
-    """Train and evaluate those runs of one seed that have no `file` of scores yet."""
+def run_seed(study, folder, seed, names, file, entropy, scoring):
+    """Train and evaluate those runs of one seed that have no `file` of scores yet.
+
+    scoring: further flags of evaluate.py, which override the study's.
+    """
     for name in names:
         output = folder / name / file
         if output.exists():
@@ -139,7 +142,7 @@ def run_seed(study, folder, seed, names, file, entropy):
             more = ["--entropy", entropy, "--nfe", *([64] if name in STAGE1 else [1, 2, 4, 8])]
         elif name in STAGE1:
             more = ["--bound", 64]
-        more += ["--checkpoint", folder / name, "--seed", seed, "--output", output]
+        more += ["--checkpoint", folder / name, "--seed", seed, "--output", output, *scoring]
         program("evaluate.py", study["evaluate"], *more)
 
 
@@ -258,6 +261,8 @@ def main():
     help = "compare those of stage 2 with this one (default: the first of --only)"
     add("--baseline", choices=RUNS, metavar="RUN", help=help)
     add("--entropy", type=float, help="score at this entropy (nats), 64 NFE of stage 1 and 1 to 8")
+    add("--judge", help="of gen-PPL (default: runs/judge-STUDY)")
+    add("--num-samples", help="samples for each score (default: 128 to 512, by study)")
     add("--table", action="store_true", help="train nothing, print the table")
     add("--plot", type=Path, help="PNG to draw: the first score against NFE")
     args = parser.parse_args()
@@ -267,8 +272,10 @@ def main():
     folder = args.folder / args.study
     file = f"entropy-{args.entropy:g}.json" if args.entropy else "evaluation.json"
     names = list(dict.fromkeys(["diagonal", *args.only]))
+    scoring = ["--judge", args.judge] if args.judge else []
+    scoring += ["--num-samples", args.num_samples] if args.num_samples else []
     for seed in [] if args.table else args.seeds:
-        run_seed(study, folder / str(seed), seed, names, file, args.entropy)
+        run_seed(study, folder / str(seed), seed, names, file, args.entropy, scoring)
     found = [run for run in gather(study, folder, file) if run["run"] in names]
     if not found:
         raise SystemExit(f"no evaluated run in {folder}; drop --table to train some")
