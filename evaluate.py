@@ -14,8 +14,8 @@ generative perplexity, by the protocol of `judge_scores`; it needs `transformers
 
 Also reported: the entropy of each sample's tokens, the shares of 4-grams that are distinct or
 copied from training rows, and speed. Intervals are 95%, by bootstrap over samples. Writes JSON
-(default: evaluation.json in the run's folder, evaluation-NAME.json for a checkpoint file) and,
-beside it, the printed table in Markdown; the bound alone goes to bound.json.
+(default: evaluation.json in the run's folder, or bound.json if only the bound is asked for; for a
+checkpoint file evaluation-NAME.json) and prints the tables in Markdown.
 """
 
 import argparse
@@ -580,8 +580,7 @@ def data_sets(args, loaded):
 
 
 def write_scores(args, loaded, sets, results, bounds):
-    """Write both tables and what they were made from, as JSON and Markdown, then print them."""
-    tables = "\n\n".join(table(rows) for rows in (results, bounds) if rows)
+    """Write both tables and what they were made from as JSON, then print the tables."""
     facts = {"args": vars(args), "commit": commit(), "torch": torch.__version__}
     facts["threads"] = torch.get_num_threads()
     if args.device == "cuda":
@@ -594,10 +593,8 @@ def write_scores(args, loaded, sets, results, bounds):
     facts |= {"results": results, "bound": bounds}
     with replacing(args.output) as file:
         file.write(json.dumps(facts, indent=1, default=str) + "\n")
-    with replacing(args.output.with_suffix(".md")) as file:
-        file.write(tables + "\n")
-    say(tables)
-    say(f"written to {args.output} and {args.output.with_suffix('.md')}")
+    say("\n\n".join(table(rows) for rows in (results, bounds) if rows))
+    say(f"written to {args.output}")
 
 
 def main():

@@ -273,7 +273,7 @@ def test_the_whole_road(work, loss):
     assert names == ["grammar-diagonal", f"grammar-{loss}/checkpoint-2"]
     assert results[0]["grammatical"] == 1
     assert all(r["source_entropy"] == prepare_data.grammar_entropy() for r in results)
-    assert (run / "evaluation-checkpoint-2.md").read_text() in out
+    assert evaluate.table(results) in out
 
 
 def test_matching_finds_its_stage_1(work, tmp_path):
@@ -1295,9 +1295,7 @@ def test_evaluate_text(letters, judge):
     assert bound["rows"] == 3
     assert bound["perplexity"] == pytest.approx(math.exp(bound["nats_a_token"]))
     assert 1 < bound["perplexity"] < 2 * len(read_meta(letters / "data/t")["vocab"])
-    text = (letters / "e.md").read_text()
-    assert text in out
-    assert len(re.findall(r"(?m)^\|", text)) == (2 + 3 + len(results)) + (2 + 1)
+    assert len(re.findall(r"(?m)^\|", out)) == (2 + 3 + len(results)) + (2 + 1)
     assert (letters / "e.png").read_bytes().startswith(b"\x89PNG")
 
     model, saved = load_model(letters / "runs/t-diagonal")  # one of the rows from its parts
