@@ -453,32 +453,24 @@ def same_tokens(path, trained_meta, folder, meta, *more):
 # The command line.
 
 
-def positive(text):
-    """An argparse type: an integer of 1 or more."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float, which is `kind`, from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__  # which argparse names if the text is no number
+    return parse
 
 
-def natural(text):
-    """An argparse type: an integer of 0 or more."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
-
-
-def amount(text):
-    """An argparse type: a finite number of 0 or more."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return float(text)
-
-
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return float(text)
+positive = number(int, 1)
+natural = number(int, 0)
+amount = number(float, 0)
+fraction = number(float, 0, 1)
+below_one = number(float, 0, 0.9999999)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -63,6 +63,7 @@ from model import (
 from prepare_data import (
     Help,
     amount,
+    below_one,
     fraction,
     hold,
     natural,
@@ -657,9 +658,9 @@ def training_flags(parser, steps):
     add("--lr", type=amount, default=3e-4, help="learning rate of Adam")
     add("--warmup", type=natural, default=2500, help="steps of linear warm-up of the learning rate")
     add("--cooldown", type=natural, default=0, help="final steps, in which it falls linearly to 0")
-    add("--beta2", type=fraction, default=0.999, help="Adam's second decay")
+    add("--beta2", type=below_one, default=0.999, help="Adam's second decay")
     add("--clip", type=amount, default=1.0, help="largest norm of the gradient; 0: no limit")
-    add("--ema", type=fraction, default=0.9999, help="decay per step of the averaged weights")
+    add("--ema", type=below_one, default=0.9999, help="decay per step of the averaged weights")
     add("--seed", type=natural, default=0, help="seed of weights, row order, times and noise")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--diagonal-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
