@@ -346,7 +346,7 @@ def bound_row(name, folder, model, val, meta, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables and the plot.
+# Tables.
 
 
 class Scorer:
@@ -413,36 +413,6 @@ def table(rows):
     return "\n".join(lines)
 
 
-def plot(path, results):
-    """Draw NFE against the main score to a PNG, with the control rows as horizontal lines."""
-    from matplotlib.figure import Figure
-
-    on_text = "gen_ppl" in results[0]
-    score = "gen_ppl" if on_text else "grammatical"
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
-    lines = {}
-    for row in (row for row in results if row[score] is not None):
-        if row["nfe"]:
-            knobs = [f", {key} {row[key]:g}" for key in ("gamma", "temperature") if row[key]]
-            lines.setdefault(row["model"] + "".join(knobs), []).append(row)
-        else:
-            axes.axhline(row[score], color="grey", linestyle="--", linewidth=1)
-            axes.annotate(row["model"], (1, row[score]), fontsize="small", color="grey")
-    for label, rows in lines.items():
-        value = np.array([row[score] for row in rows])
-        low, high = np.array([row[f"{score}_interval"] or [row[score]] * 2 for row in rows]).T
-        error = np.clip([value - low, high - value], 0, None)
-        nfe = [row["nfe"] for row in rows]
-        axes.errorbar(nfe, value, yerr=error, marker="o", capsize=2, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="network evaluations", yscale="log" if on_text else "linear")
-    axes.set_ylabel("generative perplexity" if on_text else "share grammatical")
-    axes.legend(frameon=False, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
 # ------------------------------------------------------------------------------------------------
 
 
@@ -460,7 +430,6 @@ def parse_args():
     add("--show", type=int, default=0, help="print this many samples for each row of the table")
     text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"
     add("--output", type=Path, help=text)
-    add("--plot", type=Path, help="PNG to draw: NFE against the main score")
     add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
     add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
     sampling_flags(parser, count=1024, several=True)
@@ -478,16 +447,12 @@ def parse_args():
         raise SystemExit(f"{flag} needs a model: name one with --checkpoint")
     if args.entropy and (any(args.temperature) or not args.nfe):
         raise SystemExit("--entropy chooses the temperature: give --nfe, drop --temperature")
-    if args.plot and not args.nfe:
-        raise SystemExit("--plot draws scores against NFE: give --nfe")
     if not args.output:
         last = (args.checkpoint or [Path()])[-1]
         stem = "evaluation" if args.nfe or args.samples else "bound"
         of_file = last.parent / f"{stem}-{last.stem}.json"
         args.output = last / f"{stem}.json" if last.is_dir() else of_file
     check_output("--output", args.output, [".json"])
-    if args.plot:
-        check_output("--plot", args.plot, [".png"])
     return args
 
 
@@ -626,8 +591,6 @@ def main():
             for folder, (meta, _, val) in sets.items():
                 bounds.append(bound_row(name, folder, model, val, meta, args))
     write_scores(args, loaded, sets, results, bounds)
-    if args.plot:
-        plot(args.plot, results)
     if unscored := [row["model"] for row in results if row.get("gen_ppl", 0) is None]:
         raise SystemExit(f"nothing to score in {', '.join(unscored)}: no text has two tokens")
 

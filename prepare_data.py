@@ -22,7 +22,6 @@ a data set is complete or absent.
 import argparse
 import bisect
 import collections
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -277,21 +276,14 @@ def build(args, folder):
     framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
     plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
     meta["packing"] = plain.get(meta["tokenizer"], framed)
-    meta["versions"] = versions("datasets", "tiktoken", "tokenizers", "transformers")
+    packages = ("datasets", "tiktoken", "tokenizers", "transformers")
+    installed = {found.name: found.version for found in metadata.distributions()}
+    meta["versions"] = {name: installed[name] for name in packages if name in installed}
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         file.write(json.dumps(meta, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     return meta
-
-
-def versions(*packages):
-    """{package: version} of those that are installed."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def write_rows(path, blocks):
