@@ -556,9 +556,11 @@ def write_scores(args, loaded, sets, results, bounds):
         for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True)
     ]
     facts |= {"results": results, "bound": bounds}
-    with replacing(args.output) as file:
-        file.write(json.dumps(facts, indent=1, default=str) + "\n")
-    say("\n\n".join(table(rows) for rows in (results, bounds) if rows))
+    try:
+        with replacing(args.output) as file:
+            file.write(json.dumps(facts, indent=1, default=str) + "\n")
+    finally:  # a full disk loses no scores
+        say("\n\n".join(table(rows) for rows in (results, bounds) if rows))
     say(f"written to {args.output}")
 
 

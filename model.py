@@ -780,7 +780,10 @@ CHECKPOINT_KEYS = {"model", "ema", "optimizer", "step", "model_config", "meta", 
 
 @contextlib.contextmanager
 def replacing(path, mode="w"):
-    """Open a file to write that appears at `path` only when it is complete and on disk."""
+    """Open a file to write that appears at `path` only when it is complete and on disk.
+
+    SystemExit if it cannot be written, as on a full disk.
+    """
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -789,11 +792,15 @@ def replacing(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name is on disk before anyone deletes an older file
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
+        reason = str(error).splitlines()[0]
+        advice = "make room; a training run goes on with --resume"
+        raise SystemExit(f"cannot write {path}: {reason}; {advice}") from None
     finally:
         beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name is on disk before anyone deletes an older file
-    os.close(folder)
 
 
 def step_of(path):
@@ -815,12 +822,8 @@ def save_checkpoint(folder, content, keep):
     weights = [*content["model"].values(), *content["ema"].values()]
     if not torch.stack([w.isfinite().all() for w in weights]).all():
         raise SystemExit(f"weights are not finite at step {step}: --resume with a lower --lr")
-    try:
-        with replacing(path, "wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"cannot write {path}: {reason}; make room, then --resume") from None
+    with replacing(path, "wb") as file:
+        torch.save(content, file)
     # A newer checkpoint here can only be a corrupt one, which --resume skipped.
     older = [p for p in checkpoints(folder) if step_of(p) < step]
     for old in older[keep - 1 :]:

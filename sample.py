@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Draw, load_model, logit_chunks, machine_flags, resolve_machine, softmax
+from model import Draw, load_model, logit_chunks, machine_flags, replacing, resolve_machine, softmax
 from prepare_data import Help, amount, decode, encoder, fraction, natural, positive, say
 
 # ------------------------------------------------------------------------------------------------
@@ -334,10 +334,12 @@ def main():
             stem = args.output.stem + (f"-{nfe}" if len(args.nfe) > 1 else "")
             path = args.output.with_stem(stem)
             if path.suffix == ".npy":
-                np.save(path, rows)
+                with replacing(path, "wb") as file:
+                    np.save(file, rows)
             else:
                 lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-                path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+                with replacing(path) as file:
+                    file.writelines(line + "\n" for line in lines)
         say("\n".join([f"--- {nfe} NFE", *(texts[:4] if args.output else texts)]))
 
 

@@ -786,6 +786,25 @@ def test_a_full_disk(work, tmp_path):
     assert newest(run)["step"] == 4
 
 
+@pytest.mark.parametrize("script", ["train_diagonal.py", "sample.py", "evaluate.py"])
+def test_a_full_disk_is_named(work, tmp_path, script):
+    """A log, samples or scores that do not fit are an error in one line; scores are printed."""
+    flags = ["--checkpoint", work / "runs/grammar-diagonal", "--num-samples", 99]
+    flags += ["--output", tmp_path / "s.jsonl"]
+    if script == "evaluate.py":
+        flags = [*flags[:-1], tmp_path / "s.json", "--data", work / "data/grammar"]
+    if script == "train_diagonal.py":
+        flags = ["--data", work / "data/grammar", *TINY, *RUN, "--steps", 99, "--log-every", 1]
+        flags += ["--out", tmp_path / "run"]
+    command = [sys.executable, HERE / script, *flags]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    how = dict(capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run([*map(str, command)], **how)
+    assert re.search("cannot write .*too large.*make room", one_line(done))
+    assert not list(tmp_path.glob("s.*"))
+    assert ("validation rows" in done.stdout) == (script == "evaluate.py")
+
+
 def test_a_checkpoint_runs_no_code(work, tmp_path):
     """A malicious checkpoint is refused, and no source reads files in a way that could run code."""
     reduced = (os.mkdir, (str(tmp_path / "pwned"),))  # what unpickling would call

@@ -492,10 +492,13 @@ class Log:
         line |= extra
         if self.rank > 0:
             return
-        with open(self.args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
+        try:
+            with open(self.args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
+        except OSError as error:
+            raise SystemExit(f"cannot write log.jsonl: {error}; make room, then --resume") from None
         shown = ("diagonal", "consistency", "matching", "critic_kl", "clamped", "skipped")
         shown += ("val_", "tokens")
         numbers = [f"{k} {v:,.4g}" for k, v in line.items() if k.startswith(shown)]
