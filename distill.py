@@ -429,8 +429,9 @@ def check_flags(parser, args):
     dmd = args.loss == "dmd"
     if dmd and (args.joint or args.guidance != 1 or args.divergence == "square"):
         raise SystemExit("--loss dmd excludes --joint, --guidance and --divergence square")
-    if args.stage1_checkpoint and not dmd:
-        raise SystemExit("--stage1-checkpoint needs --loss dmd: others name it with --checkpoint")
+    flag = train_diagonal.first_given(parser, ["stage1_checkpoint", "critic_lr"])
+    if flag and not dmd:
+        raise SystemExit(f"{flag} needs --loss dmd")
     if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
         raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
     flag = train_diagonal.first_given(parser, FIXED)

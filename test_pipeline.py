@@ -1467,6 +1467,7 @@ MISTAKES = [
     ("distill.py --data grammar --loss psd --checkpoint any --out guided --resume", "guided"),
     ("distill.py --data grammar --loss dmd --checkpoint trained --joint", "--joint"),
     ("distill.py --data grammar --loss psd --stage1-checkpoint trained", "--loss dmd"),
+    ("distill.py --data grammar --loss psd --critic-lr 1e-3", "--loss dmd"),
     (
         "distill.py --data grammar --loss dmd --checkpoint guided --stage1-checkpoint trained",
         "of guided",
