@@ -475,11 +475,8 @@ def distillation_flags(parser):
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--target", choices=["logit", "signed"], help=text)
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
-    add(
-        "--diagonal-share",
-        type=fraction,
-        help="share of rows on the diagonal (default: 0.5; dmd 0)",
-    )
+    text = "share of rows on the diagonal (default: 0.5; dmd 0)"
+    add("--diagonal-share", type=fraction, help=text)
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
     text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
@@ -512,9 +509,8 @@ def load_stage1(args, meta):
     if args.loss == "dmd" and earlier.get("stage1"):
         args.stage1_checkpoint = args.stage1_checkpoint or earlier.get("stage1_checkpoint")
         if not args.stage1_checkpoint:
-            raise SystemExit(
-                f"{path} does not say what it was distilled from: name it with --stage1-checkpoint"
-            )
+            found = f"{path} does not say what it was distilled from"
+            raise SystemExit(f"{found}: name it with --stage1-checkpoint")
         stage1, found = load_model(args.stage1_checkpoint)
         args.stage1 = weights_digest(found["ema"])
         if args.stage1 != earlier["stage1"]:

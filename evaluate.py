@@ -570,10 +570,7 @@ def main():
     sets = data_sets(args, loaded)
     meta, train, val = next(iter(sets.values()), (None, None, None))
     samples = [read_samples(path, meta) for path in args.samples]
-    names = [
-        path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
-        for path in args.checkpoint
-    ]
+    names = [p.name if p.is_dir() else f"{p.parent.name}/{p.stem}" for p in args.checkpoint]
     results = []
     if args.nfe or samples:
         if meta and not len(train):

@@ -509,9 +509,7 @@ def parse_args():
     if args.name == "grammar" and given:
         raise SystemExit(f"the grammar is generated: it has no {', '.join(given)}")
     if args.name == "file" and not args.source:
-        raise SystemExit(
-            "file needs --source: .txt, .jsonl or .parquet files, or a name on the hub"
-        )
+        raise SystemExit("file needs --source: .txt, .jsonl or .parquet files, or a hub name")
     flags.update(defaults | given)
     more = ("limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}

@@ -596,10 +596,9 @@ def restore(args, saved, meta):
     now = plain(args) | {"data set (sha256)": meta["sha256"]}
     for key in (*now, "loss"):  # stage 1 has no --loss
         if key not in MAY_CHANGE and was.get(key) != now.get(key):
-            found = (
-                f"{args.out} was trained with {key} {was.get(key)!s:.60}, not {now.get(key)!s:.60}"
-            )
-            raise SystemExit(f"{found}; resume with the same flags, or name another --out")
+            found = f"{args.out} was trained with {key} {was.get(key)!s:.60}"
+            advice = "resume with the same flags, or name another --out"
+            raise SystemExit(f"{found}, not {now.get(key)!s:.60}; {advice}")
     if checkpoint["step"] >= args.steps:
         raise SystemExit(f"{args.out} is already at step {checkpoint['step']}; raise --steps")
     for key in ("steps", "lr", "warmup", "cooldown", "clip", "ema", "keep"):
