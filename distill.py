@@ -42,7 +42,7 @@ from model import (
     wide,
 )
 from prepare_data import amount, fraction, read_meta, same_tokens
-from train_diagonal import by_context, diagonal
+from train_diagonal import by_context, diagonal, fill_in, first_given
 
 # ------------------------------------------------------------------------------------------------
 # The jumps.
@@ -96,7 +96,7 @@ def psd(model, teacher, y, jump, args):
         h_ut = model(X_su, u, t)
     omega = per_row(model.path.omega(s, u, t), y)
     by_row = h_su.flatten(0, 1), h_ut.flatten(0, 1), omega
-    loss = DIVERGENCES[args.divergence](semigroup)
+    loss = between(DIVERGENCES[args.divergence], semigroup)
     return model(y, s, t), Divergence(loss, by_row, (lowered(model.head),))
 
 
@@ -125,8 +125,10 @@ def esd(model, teacher, y, jump, args):
         h_ss = teacher(y, s, s)
         drift = model.path.drift(y, teacher.soft_embedding(h_ss), s)  # b_s(y)
     h, dh = model.derivative(y, s, t, dy=jump.ds[..., None] * drift, ds=jump.ds)
-    gamma, gamma_over_kappa = model.path.eulerian(s, t)
-    return h, corrected(model, teacher, h_ss, dh, gamma, -gamma_over_kappa / jump.ds, args)
+    # The identity times Gamma_st: finite at t = 1, where Gamma_st and kappa are 0.
+    Gamma = model.path.Gamma(s, t)
+    E = model.path.E(s, t)
+    return h, corrected(model, teacher, h_ss, dh, Gamma, -E / jump.ds, args)
 
 
 TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
@@ -137,7 +139,7 @@ def corrected(model, teacher, h_teacher, dh, a, b, args):
 
     psi = softmax(z) is the teacher's, from h_teacher (B, L, D); d psi_st = psi_st delta, from the
     student's derivative dh (B, L, D). a and b are (B, 1 or L): 1 and C for LSD, Gamma_st and
-    -Gamma_st / kappa for ESD, b divided by the positions' rates. Two forms with this fixed point:
+    -E = -Gamma_st / kappa for ESD, b divided by the positions' rates. Two forms of it:
 
         logit    q = softmax(z - log(a + b delta)) (29, 33), always a distribution.
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, finite at t = 1.
@@ -149,7 +151,8 @@ def corrected(model, teacher, h_teacher, dh, a, b, args):
     heads = lowered(teacher.head), lowered(model.head)
     if args.target == "signed":
         return Divergence(signed, by_row, heads)
-    return Divergence(DIVERGENCES[args.divergence](corrected_logits), by_row, heads)
+    loss = between(DIVERGENCES[args.divergence], corrected_logits)
+    return Divergence(loss, by_row, heads)
 
 
 def derivatives(z, h_teacher, dh, teacher_head, head):
@@ -182,43 +185,41 @@ def per_row(value, y):
 
 
 # ------------------------------------------------------------------------------------------------
-# Divergences between psi_st = softmax(z) and a target (z, *inputs) -> (q (n, V), report), for
-# model.head_loss. The cache gives torch.compile the same function at every step.
+# Divergences between psi_st = softmax(z) and q, both (n, V): a report and the gradient on z.
 
 
-@functools.cache
-def kl(target):
+def kl(z, q):
     """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
-
-    def divergence(z, *inputs):
-        q, report = target(z, *inputs)
-        log_p = z.log_softmax(-1)
-        H = entropy(q)
-        loss = -H - torch.linalg.vecdot(q, log_p)
-        g = log_p.exp_().sub_(q)
-        distance = torch.linalg.vector_norm(g, dim=-1)
-        return report | {"loss": loss, "distance": distance, "teacher_entropy": H}, g
-
-    return divergence
+    log_p = z.log_softmax(-1)
+    H = entropy(q)
+    loss = -H - torch.linalg.vecdot(q, log_p)
+    g = log_p.exp_().sub_(q)
+    distance = torch.linalg.vector_norm(g, dim=-1)
+    return {"loss": loss, "distance": distance, "teacher_entropy": H}, g
 
 
-@functools.cache
-def square(target):
+def square(z, q):
     """|q - psi|^2 / 2, the closest peers' loss; its gradient is psi (d - <psi, d>), d = psi - q."""
-
-    def divergence(z, *inputs):
-        q, report = target(z, *inputs)
-        p = softmax(z)
-        d = p - q
-        distance = torch.linalg.vector_norm(d, dim=-1)
-        loss = distance.square() / 2
-        g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
-        return report | {"loss": loss, "distance": distance, "teacher_entropy": entropy(q)}, g
-
-    return divergence
+    p = softmax(z)
+    d = p - q
+    distance = torch.linalg.vector_norm(d, dim=-1)
+    g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
+    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(q)}, g
 
 
 DIVERGENCES = {"kl": kl, "square": square}
+
+
+@functools.cache  # so that torch.compile sees the same function at every step
+def between(divergence, target):
+    """The function of a `Divergence` from target(z, *inputs) -> (q (n, V), report) to psi_st."""
+
+    def function(z, *inputs):
+        q, report = target(z, *inputs)
+        more, g = divergence(z, q)
+        return report | more, g
+
+    return function
 
 
 def signed(z, h_teacher, dh, a, b, teacher_head, head):
@@ -303,7 +304,7 @@ def matching(model, critic, stage1, tokens, draw, args):
     heads = lowered(stage1.head), lowered(critic.head)
     gap = Divergence(denoisers_apart, (h_real, h_critic.detach()), heads)
     loss, report = head_loss(h, model.head, 1 / (B * L * size), gap, **how)
-    own = Divergence(kl(instantaneous), (h.detach(),), (lowered(model.head),))
+    own = Divergence(between(kl, instantaneous), (h.detach(),), (lowered(model.head),))
     scale = torch.full_like(size, 1 / (B * L))
     critic_loss, critic_report = head_loss(h_critic, critic.head, scale, own, **how)
     scalars = {"matching_distance": report["distance"], "critic_kl": critic_report["loss"]}
@@ -345,9 +346,9 @@ def diagonal_from_stage1(model, stage1, tokens, draw, args):
         head = lowered(stage1.head)
         h = stage1(y, t, t).flatten(0, 1)
         if args.guidance == 1:
-            return Divergence(kl(instantaneous), (h,), (head,))
+            return Divergence(between(kl, instantaneous), (h,), (head,))
         h_0 = stage1.alone()(y, t, t).flatten(0, 1)
-        return Divergence(kl(guided), (h, h_0), (args.guidance, head))
+        return Divergence(between(kl, guided), (h, h_0), (args.guidance, head))
 
     return diagonal(model, tokens, draw, args.diagonal_power, target)
 
@@ -370,34 +371,35 @@ def distillation(args, stage1=None, critic=None):
 
     critic: the network that --loss dmd trains beside the student.
     """
+    teacher = stage1 if stage1 and args.loss != "psd" else None  # None: the student itself
+    on_diagonal = functools.partial(diagonal, power=args.diagonal_power)
+    if args.diagonal_from == "stage1":
+        on_diagonal = functools.partial(diagonal_from_stage1, args=args)
+    own_loss = functools.partial(consistency, args=args, loss=args.loss)
+    if args.loss == "dmd":
+        own_loss = functools.partial(matching, args=args)
+    jumps_to_data = functools.partial(consistency, args=args, loss="psd", to_data=True)
 
     def objective(model, tokens, draw):
-        on_diagonal, index = spread(draw.rows, args.diagonal_share)
-        to_data = ~on_diagonal & spread(index, args.psd_share)[0]
-
-        def on_rows(mask, function, *networks, **how):
+        def on_rows(mask, loss, *networks):
             rows = torch.from_numpy(np.flatnonzero(mask)).to(tokens.device, non_blocking=True)
-            loss = functools.partial(function, **how)
             return by_context(loss, networks, tokens[rows], draw.part(mask), args)
 
-        losses, scalars = {}, {}
-        if on_diagonal.any() and args.diagonal_from == "stage1":
-            losses, scalars = on_rows(on_diagonal, diagonal_from_stage1, model, stage1, args=args)
-        elif on_diagonal.any():
-            losses, scalars = on_rows(on_diagonal, diagonal, model, power=args.diagonal_power)
-        others = ~on_diagonal & ~to_data
-        if args.loss == "dmd":
-            more, report = on_rows(others, matching, model, critic, stage1, args=args)
-        else:
-            teacher = model if stage1 is None or args.loss == "psd" else stage1
-            more, report = on_rows(others, consistency, model, teacher, args=args, loss=args.loss)
+        is_diagonal, index = spread(draw.rows, args.diagonal_share)
+        to_data = ~is_diagonal & spread(index, args.psd_share)[0]
+        losses = {}
+        scalars = {}
+        if is_diagonal.any():
+            networks = [model, stage1] if args.diagonal_from == "stage1" else [model]
+            losses, scalars = on_rows(is_diagonal, on_diagonal, *networks)
+        networks = [model, critic, stage1] if args.loss == "dmd" else [model, teacher or model]
+        more, report = on_rows(~is_diagonal & ~to_data, own_loss, *networks)
         losses |= more
         scalars |= report
         if args.psd_share:
-            how = dict(args=args, loss="psd", to_data=True)
-            end, report = on_rows(to_data, consistency, model, model, **how)
+            more, report = on_rows(to_data, jumps_to_data, model, model)
             rest = (1 - args.psd_share) * losses["consistency"]
-            losses["consistency"] = rest + args.psd_share * end["consistency"]
+            losses["consistency"] = rest + args.psd_share * more["consistency"]
             scalars |= {f"to_data_{name}": value for name, value in report.items()}
         return losses, scalars
 
@@ -417,47 +419,60 @@ def spread(rows, share):
 
 # ------------------------------------------------------------------------------------------------
 # What stage 1 has fixed; distill.py takes these flags with --joint alone.
-FIXED = [*train_diagonal.MODEL_FLAGS, "context", "block_size", "context_dropout"]
+FIXED = [*train_diagonal.MODEL_DEFAULTS, "context", "block_size", "context_dropout"]
 
 
-def check_flags(parser, args):
-    """Fill in the defaults that depend on --loss and --joint; SystemExit for contradictions."""
-    if args.target is None:  # LSD's logit form is ill-conditioned, see `corrected`
-        args.target = "signed" if args.loss == "lsd" and args.divergence == "kl" else "logit"
+def refuse_contradictions(args):
+    """SystemExit for flags that contradict --loss, --joint or each other."""
+    dmd = args.loss == "dmd"
     if args.target == "signed" and (args.loss in ("psd", "dmd") or args.divergence == "square"):
         raise SystemExit("--target signed needs --loss lsd or esd, without --divergence square")
-    dmd = args.loss == "dmd"
     if dmd and (args.joint or args.guidance != 1 or args.divergence == "square"):
         raise SystemExit("--loss dmd excludes --joint, --guidance and --divergence square")
-    flag = train_diagonal.first_given(parser, ["stage1_checkpoint", "critic_lr"])
+    flag = first_given(args, ["stage1_checkpoint", "critic_lr"])
     if flag and not dmd:
         raise SystemExit(f"{flag} needs --loss dmd")
     if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
         raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
-    flag = train_diagonal.first_given(parser, FIXED)
+    flag = first_given(args, FIXED)
     if flag and not args.joint:
         raise SystemExit(f"stage 1 has fixed {flag}: set it in train_diagonal.py, or add --joint")
     if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):
         raise SystemExit("--guidance needs --loss psd and --diagonal-from stage1")
-    if args.diagonal_share is None:
-        args.diagonal_share = 0.0 if dmd else 0.5
-    if args.boundary is None:
-        args.boundary = 1.0 if dmd else 1 / 32
-    rows = args.micro_batch * args.diagonal_share
-    possible = 0 < args.diagonal_share < 1 or (dmd and args.diagonal_share == 0)
-    if not possible or round(rows, 6) % 1:
-        raise SystemExit(f"--diagonal-share is {rows:g} rows of --micro-batch: not whole, 0 or all")
-    others = args.micro_batch - rows
-    if not 0 <= args.psd_share < 1 or round(others * args.psd_share, 6) % 1:
-        raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")
     if args.psd_share and args.loss not in ("lsd", "esd"):
         raise SystemExit("--psd-share goes with --loss lsd or esd")
-    if args.surgery is None:
-        args.surgery = args.loss == "psd"
-    args.diagonal_from = args.diagonal_from or ("data" if args.guidance == 1 else "stage1")
-    args.steps = args.steps or (1_000_000 if args.joint else 10_000 if dmd else 100_000)
+
+
+def check_shares(args):
+    """SystemExit unless the shares make whole rows of a micro-batch, and leave some to the loss."""
+    rows = args.micro_batch * args.diagonal_share
+    if args.diagonal_share == 1 or round(rows, 6) % 1 or (args.loss != "dmd" and not rows):
+        raise SystemExit(f"--diagonal-share is {rows:g} rows of --micro-batch: not whole, 0 or all")
+    others = args.micro_batch - rows
+    if args.psd_share == 1 or round(others * args.psd_share, 6) % 1:
+        raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")
+
+
+def set_defaults(args):
+    """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
+    dmd = args.loss == "dmd"
+    # LSD's logit form is ill-conditioned, see `corrected`.
+    signed_target = args.loss == "lsd" and args.divergence == "kl"
+    steps = 1_000_000 if args.joint else 10_000 if dmd else 100_000
     name = f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")
-    args.out = args.out or Path("runs") / name
+    fill_in(
+        args,
+        target="signed" if signed_target else "logit",
+        diagonal_share=0.0 if dmd else 0.5,
+        diagonal_from="data" if args.guidance == 1 else "stage1",
+        boundary=1.0 if dmd else 1 / 32,
+        critic_lr=1e-3,
+        surgery=args.loss == "psd",
+        steps=steps,
+        out=Path("runs") / name,
+        context_dropout=0.1,
+        **train_diagonal.MODEL_DEFAULTS,
+    )
 
 
 def distillation_flags(parser):
@@ -470,7 +485,7 @@ def distillation_flags(parser):
     add("--checkpoint", type=Path, help=text + "diagonal)")
     text = "of dmd: the stage 1 of --checkpoint (default: the one it was distilled from)"
     add("--stage1-checkpoint", type=Path, help=text)
-    add("--critic-lr", type=amount, default=1e-3, help="of dmd: learning rate of the critic")
+    add("--critic-lr", type=amount, help="of dmd: learning rate of the critic (default: 1e-3)")
     add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--target", choices=["logit", "signed"], help=text)
@@ -503,20 +518,16 @@ def load_stage1(args, meta):
     stage1 = copy.deepcopy(model)
     args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares it
     earlier = checkpoint["args"]
-    if args.loss != "dmd" and earlier.get("loss") and not earlier["joint"]:
-        found = f"{path} is a map, distilled from {earlier.get('stage1_checkpoint')}"
-        raise SystemExit(f"{found}: give a stage 1, or --loss dmd")
-    if args.loss == "dmd" and earlier.get("stage1"):
-        args.stage1_checkpoint = args.stage1_checkpoint or earlier.get("stage1_checkpoint")
-        if not args.stage1_checkpoint:
-            found = f"{path} does not say what it was distilled from"
-            raise SystemExit(f"{found}: name it with --stage1-checkpoint")
-        stage1, found = load_model(args.stage1_checkpoint)
-        args.stage1 = weights_digest(found["ema"])
+    of = earlier.get("stage1_checkpoint")  # only a map that was distilled has it
+    if of and args.loss != "dmd":
+        raise SystemExit(f"{path} is a map, distilled from {of}: give a stage 1, or --loss dmd")
+    if of:
+        args.stage1_checkpoint = args.stage1_checkpoint or of
+        stage1, checkpoint = load_model(args.stage1_checkpoint)
+        args.stage1 = weights_digest(checkpoint["ema"])
         if args.stage1 != earlier["stage1"]:
-            problem = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
-            was = f" ({earlier['stage1_checkpoint']})" if earlier.get("stage1_checkpoint") else ""
-            raise SystemExit(f"{problem}: name that one{was} with --stage1-checkpoint")
+            found = f"{args.stage1_checkpoint} is not the stage 1 of {path} ({of})"
+            raise SystemExit(f"{found}: name that one with --stage1-checkpoint")
     else:
         args.stage1_checkpoint = path
     model.train().requires_grad_(True)
@@ -531,19 +542,15 @@ def main():
     train_diagonal.context_flags(parser)
     train_diagonal.model_flags(parser)
     args = train_diagonal.parse_training_args(parser)
-    check_flags(parser, args)
+    refuse_contradictions(args)
+    set_defaults(args)
+    check_shares(args)
     meta = read_meta(args.data)
     if args.joint:
         model, stage1 = train_diagonal.new_model(args, meta), None
     else:
         model, stage1 = load_stage1(args, meta)
     train_diagonal.check_run(args, meta["seq_len"])
-    passes = 3  # forward passes a row, the backward pass counted as two
-    # Of rows off the diagonal: psi_su and psi_ut; or psi_ss (psi_tt) and the tangent; or for dmd
-    # stage 1 and the critic with its backward pass.
-    passes += (4 if args.loss == "dmd" else 2) * (1 - args.diagonal_share)
-    if args.diagonal_from == "stage1":
-        passes += (1 if args.guidance == 1 else 2) * args.diagonal_share  # stage 1's denoiser
     ranks = train_diagonal.start_ranks(args)
     critic = None
     if args.loss == "dmd":
@@ -557,7 +564,7 @@ def main():
             stage1.compile_parts(dynamic=bool(args.context))
     objective = distillation(args, stage1, critic)
     ema = copy.deepcopy(model)
-    train_diagonal.train(args, ranks, model, ema, objective, meta, passes, critic)
+    train_diagonal.train(args, ranks, model, ema, objective, meta, critic)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ checkpoint file evaluation-NAME.json) and prints the tables in Markdown.
 """
 
 import argparse
+import bisect
 import functools
 import itertools
 import json
@@ -33,7 +34,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prepare_data
-from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
+from model import (
+    LAST,
+    Draw,
+    commit,
+    logit_chunks,
+    lowered,
+    replacing,
+    resolve_machine,
+    weights_digest,
+)
 from prepare_data import Help, amount, decode, encoder, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
@@ -192,7 +202,8 @@ def control_rows(meta, train, val, count, seed):
         parts[::2] = rng.permutation(parts[::2])
         texts.append("".join(parts))
     pairs = zip(real, to_ids(texts, meta), strict=True)
-    shuffled = [np.concatenate([row[:frame], ids, row[inner.stop :]]) for row, ids in pairs]
+    size = inner.stop - frame
+    shuffled = [np.concatenate([row[:frame], ids[:size], row[inner.stop :]]) for row, ids in pairs]
     counts = np.bincount(train[:, inner].ravel(), minlength=meta["vocab_size"])
     unigram = real.copy()
     unigram[:, inner] = rng.choice(len(counts), real[:, inner].shape, p=counts / counts.sum())
@@ -209,22 +220,13 @@ def json_text(number, line):
 
 def read_samples(path, meta):
     """(rows of ids, texts) from a file. Rows are None if no data set says how to tokenise."""
-    expected = "expected a .jsonl of {'text': ...}, a .npy of ids, or text with one sample a line"
+    expected = "expected a .jsonl of {'text': ...}, or text with one sample a line"
     try:
-        if path.suffix == ".npy":
-            if meta is None:
-                raise ValueError("ids need the data set of their tokens: give --data")
-            rows = np.load(path)
-            if rows.dtype.kind not in "iu" or rows.shape[1:] != (meta["seq_len"],) or not rows.size:
-                raise ValueError(f"found {rows.dtype} {rows.shape}, L is {meta['seq_len']}")
-            if rows.min() < 0 or rows.max() >= meta["vocab_size"]:
-                raise ValueError(f"ids {rows.min()} to {rows.max()}, V is {meta['vocab_size']}")
-            return rows.astype(np.int64), [decode(meta, row) for row in rows]
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028 too
         texts = texts if texts[-1] else texts[:-1]
         if path.suffix == ".jsonl":
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
     if not texts:
         raise SystemExit(f"--samples {path} is empty; {expected}")
@@ -251,22 +253,20 @@ def diagonal_errors(model, h, tokens, whiten):
 
 
 def bound_grid(model, points):
-    """Times (points + 1, 1 or L): r = beta / alpha of the middle position is 0, then log-spaced.
+    """Times (points + 1, 1 or L): r = beta / alpha is 0, then log-spaced to the last one trained.
 
-    The last is the last time the network was trained for.
+    With times per position (38) this is the r of the middle of the row.
     """
-    # Tabulate r(progress), densely near 0 where it is steep, and invert by interpolation.
-    near_zero = np.geomspace(1e-12, 1e-2, 20_000)
-    tau = np.concatenate([[0], near_zero, np.linspace(1e-2, 1, 20_001)[1:]])
-    t = model.times(torch.from_numpy(tau)[:, None])
-    r = model.path.beta(t) / model.path.alpha(t)
-    middle = r[:, r.shape[1] // 2].numpy()
-    progress = np.interp(np.geomspace(0.05, middle[-1], points), middle, tau)
-    return model.times(torch.from_numpy(np.concatenate([[0], progress]))[:, None])
+    path = model.path
+    end = torch.tensor(np.interp(LAST, model.schedule_tau, model.schedule_time))
+    r = np.geomspace(0.05, float(path.beta(end) / path.alpha(end)), points)
+    t = path.time_at(torch.from_numpy(r / (1 + r)))
+    tau = np.interp(t, model.schedule_time, model.schedule_tau)
+    return model.times(torch.from_numpy(np.append(0, tau))[:, None])
 
 
 def whitening(model):
-    """C^{-T} (D, rank) of `likelihood_bound`, by eigenvectors: any root gives the same norms."""
+    """R^{-1} (D, rank) of `likelihood_bound`, by eigenvectors: any root gives the same norms."""
     factor = model.noise_factor().detach().cpu().double()
     values, vectors = torch.linalg.eigh(factor.T @ factor)
     kept = values > 1e-9 * values[-1]  # leave out what W does not span
@@ -283,7 +283,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
 
     summed over positions. p is the law of the stochastic sampler with this psi (not of the ODE)
     that stops at r* and draws each token from psi. The network sees y = x W, so noise of
-    covariance W^T W = C C^T; whitened, that is a unit Gaussian channel with Q = W C^{-T}.
+    covariance W^T W = R^T R; y R^{-1} is a channel with unit Gaussian noise, and Q = W R^{-1}.
 
     Each r has fresh noise, xi and -xi. The integral is the trapezoid rule in log r; below the first
     r the error is taken constant. With times per position (38) each position has its own r.
@@ -421,7 +421,7 @@ def parse_args():
     add = parser.add_argument
     paths = dict(type=Path, nargs="+", default=[])
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
-    add("--samples", **paths, help="samples made elsewhere: .jsonl, .npy or text (default: none)")
+    add("--samples", **paths, help="samples made elsewhere: .jsonl or text (default: none)")
     add("--data", **paths, help="data sets for controls and the bound (default: as trained)")
     text = "draw tokens at the temperature that gives this entropy (nats), to compare fairly"
     add("--entropy", type=amount, help=text)
@@ -452,25 +452,16 @@ def parse_args():
         stem = "evaluation" if args.nfe or args.samples else "bound"
         of_file = last.parent / f"{stem}-{last.stem}.json"
         args.output = last / f"{stem}.json" if last.is_dir() else of_file
-    check_output("--output", args.output, [".json"])
+    check_output("--output", args.output, ".json")
     return args
 
 
 def temperature_at(target, entropy):
-    """The temperature from 0 to 2, to 0.01, at which entropy(temperature) reaches `target`.
+    """The first temperature of 0, 0.01, ..., 2 at which entropy(temperature) reaches `target`.
 
-    0 if the most probable tokens have as much already, 2 if none in the range has.
+    2 if none does.
     """
-    low, high = 0.0, 2.0
-    if entropy(low) >= target:
-        return low
-    while high - low > 0.01:
-        middle = (low + high) / 2
-        if entropy(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return high
+    return bisect.bisect_left(range(200), target, key=lambda n: entropy(n / 100)) / 100
 
 
 def draw_at_entropy(draw, target):
@@ -496,10 +487,11 @@ def draw_at_entropy(draw, target):
     return temperature, redraw(temperature)
 
 
-def model_rows(args, scorer, name, model, euler):
+def model_rows(args, scorer, name, model, euler, block_size):
     """Rows of the table for one model: every combination of NFE, gamma and temperature."""
     rows = []
     how = dict(batch_size=args.batch_size, seed=args.seed, dtype=args.dtype, euler=euler)
+    how["block_size"] = block_size
     draw_samples(model, 1, min(args.batch_size, args.num_samples), **how)  # warm up
     for nfe, gamma, temperature in itertools.product(args.nfe, args.gamma, args.temperature):
         if nfe == 1 and gamma != args.gamma[0]:
@@ -567,6 +559,9 @@ def write_scores(args, loaded, sets, results, bounds):
 def main():
     args = parse_args()
     loaded = [load_sampler(path, args.device) for path in args.checkpoint]
+    block_sizes = [saved["args"].get("block_size") for _, saved, _ in loaded]
+    if any(block_sizes) and (args.bound or args.entropy):
+        raise SystemExit("--bound and --entropy need models of whole rows, without --block-size")
     sets = data_sets(args, loaded)
     meta, train, val = next(iter(sets.values()), (None, None, None))
     samples = [read_samples(path, meta) for path in args.samples]
@@ -582,13 +577,13 @@ def main():
                 results.append(scorer.score(name, ids, **blank))
         for path, (ids, texts) in zip(args.samples, samples, strict=True):
             results.append(scorer.score(path.name, ids, texts, **blank))
-        for name, (model, _, euler) in zip(names, loaded, strict=True):
-            results += model_rows(args, scorer, name, model, euler)
+        for name, (model, _, euler), size in zip(names, loaded, block_sizes, strict=True):
+            results += model_rows(args, scorer, name, model, euler, size)
     bounds = []
     if args.bound:
         for name, (model, _, _) in zip(names, loaded, strict=True):
-            for folder, (meta, _, val) in sets.items():
-                bounds.append(bound_row(name, folder, model, val, meta, args))
+            for folder, (its_meta, _, its_val) in sets.items():
+                bounds.append(bound_row(name, folder, model, its_val, its_meta, args))
     write_scores(args, loaded, sets, results, bounds)
     if unscored := [row["model"] for row in results if row.get("gen_ppl", 0) is None]:
         raise SystemExit(f"nothing to score in {', '.join(unscored)}: no text has two tokens")

@@ -45,8 +45,8 @@ class Interpolant(NamedTuple):
     beta: Callable
     d_alpha: Callable
     d_beta: Callable
-    delta: Callable  # Delta_st, without subtracting nearly equal products
-    time_of: Callable  # b in [0, 1] -> the time t at which beta_t / alpha_t = b / (1 - b)
+    Delta: Callable  # Delta_st, without subtracting nearly equal products
+    time_at: Callable  # b in [0, 1] -> the time t at which beta_t / alpha_t = b / (1 - b)
 
     def wronskian(self, t):
         """Wr_t = alpha_t beta'_t - alpha'_t beta_t."""
@@ -58,7 +58,7 @@ class Interpolant(NamedTuple):
 
     def Xi(self, s, t):
         """Xi_st = beta_t - Gamma_st beta_s = Delta_st / alpha_s (50), for s < 1."""
-        return self.delta(s, t) / self.alpha(s)
+        return self.Delta(s, t) / self.alpha(s)
 
     def ell(self, t):
         """ell_t = alpha'_t / alpha_t (52), for t < 1."""
@@ -70,18 +70,15 @@ class Interpolant(NamedTuple):
 
     def omega(self, s, u, t):
         """Semigroup weight omega = Gamma_ut Xi_su / Xi_st (23, 64), for s < t and u < 1."""
-        return self.alpha(t) * self.delta(s, u) / (self.alpha(u) * self.delta(s, t))
+        return self.alpha(t) * self.Delta(s, u) / (self.alpha(u) * self.Delta(s, t))
 
     def C(self, s, t):
         """Lagrangian factor C = Xi_st / lambda_t (24, 68), for s < 1."""
-        return self.alpha(t) * self.delta(s, t) / (self.alpha(s) * self.wronskian(t))
+        return self.alpha(t) * self.Delta(s, t) / (self.alpha(s) * self.wronskian(t))
 
-    def eulerian(self, s, t):
-        """The pair (Gamma_st, Gamma_st / kappa), 1/kappa = Xi_st / (Gamma_st lambda_s) (25, 70).
-
-        They give 1 - delta / kappa (33), times Gamma_st: finite at t = 1, where kappa is 0. s < 1.
-        """
-        return self.Gamma(s, t), self.delta(s, t) / self.wronskian(s)
+    def E(self, s, t):
+        """Eulerian factor E = Gamma_st / kappa = Xi_st / lambda_s (25, 70); finite at kappa = 0."""
+        return self.Delta(s, t) / self.wronskian(s)
 
     def flow_map(self, x, psi, s, t):
         """X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50); x and psi are (B, L, V) or (B, L, D)."""
@@ -99,16 +96,16 @@ INTERPOLANTS = {
         beta=lambda t: t,
         d_alpha=lambda t: -torch.ones_like(t),
         d_beta=lambda t: torch.ones_like(t),
-        delta=lambda s, t: t - s,
-        time_of=lambda b: b,
+        Delta=lambda s, t: t - s,
+        time_at=lambda b: b,
     ),
     "trigonometric": Interpolant(
         alpha=lambda t: torch.cos(HALF_PI * t),
         beta=lambda t: torch.sin(HALF_PI * t),
         d_alpha=lambda t: -HALF_PI * torch.sin(HALF_PI * t),
         d_beta=lambda t: HALF_PI * torch.cos(HALF_PI * t),
-        delta=lambda s, t: torch.sin(HALF_PI * (t - s)),
-        time_of=lambda b: torch.atan2(b, 1 - b) / HALF_PI,
+        Delta=lambda s, t: torch.sin(HALF_PI * (t - s)),
+        time_at=lambda b: torch.atan2(b, 1 - b) / HALF_PI,
     ),
 }
 
@@ -154,9 +151,9 @@ def lagged(tau, lag, L):
     Our choice: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2). Earlier positions go first, all
     start at 0 and end at 1 together, and the rate stays within exp(+-lag/2).
     """
-    delay = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))
-    denominator = tau + (1 - tau) * delay
-    return tau / denominator, delay / denominator**2
+    odds = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))  # tau's over tau_l's
+    denominator = tau + (1 - tau) * odds
+    return tau / denominator, odds / denominator**2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -302,7 +299,7 @@ class Block(nn.Module):
         # v is copied: as a view it would keep all of x alive until the backward pass.
         return rotate(q, *rotary), rotate(k, *rotary), v.contiguous()
 
-    def trace(self, h, time, rotary, before=None, causal=False):
+    def forward_keeping(self, h, time, rotary, before=None, causal=False):
         """The forward pass: (h, (keys, values), other intermediate values, for `dual`)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)
         n_a, r_a = norm(h)
@@ -320,11 +317,11 @@ class Block(nn.Module):
 
     def forward(self, h, time, rotary, before=None):
         """h (B, L, D), time (B, 1 or L, time_width) -> h. before: (keys, values) of a context."""
-        return self.trace(h, time, rotary, before)[0]
+        return self.forward_keeping(h, time, rotary, before)[0]
 
     def encode(self, h, time, rotary, before=None):
         """The causal pass over a clean context: (h, (keys, values)), with those of `before`."""
-        h, keys, _ = self.trace(h, time, rotary, before, causal=True)
+        h, keys, _ = self.forward_keeping(h, time, rotary, before, causal=True)
         return h, keys
 
     def dual(self, h, dh, time, dtime, rotary, before=None):
@@ -333,7 +330,7 @@ class Block(nn.Module):
         Written out: the fused attention kernels have no forward mode, and torch.func.jvp would
         record a graph of the tangent too. The context `before` is a constant.
         """
-        out, (k, v), kept = self.trace(h, time, rotary, before)
+        out, (k, v), kept = self.forward_keeping(h, time, rotary, before)
         n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m = kept
         with torch.no_grad():
             d_modulation = F.linear(dtime, self.modulation.weight)
@@ -363,7 +360,7 @@ class DiT(nn.Module):
         V, D, T = config.vocab_size, config.width, config.time_width
         self.path = INTERPOLANTS[config.interpolant]
         self.schedule_tau, b = schedule_table(config.schedule, V, config.schedule_blend)
-        self.schedule_time = self.path.time_of(b)
+        self.schedule_time = self.path.time_at(b)
 
         # W. Orthogonal: for V > D, W^T W = I, so the noise y0 = x0 W starts with unit variance.
         self.embedding = nn.Parameter(nn.init.orthogonal_(torch.empty(V, D)))
@@ -386,7 +383,7 @@ class DiT(nn.Module):
         self.compiled = False  # or "static", "dynamic": see `compile_parts`
         self.activation_checkpointing = False
 
-    def time(self, s, t):
+    def embed_times(self, s, t):
         """Embedding of two times (B, 1 or L): (B, 1 or L, time_width)."""
         return F.silu(self.time_s(s) + self.time_t(t))
 
@@ -403,7 +400,7 @@ class DiT(nn.Module):
         None; and cos and sin of the positions of y. Times: (B, 1 or L), 0 <= s <= t <= 1.
         """
         h = y
-        time = self.time(s, t)
+        time = self.embed_times(s, t)
         keys, rotary = context or self.no_context(y)
         for block, before in zip(self.blocks, keys, strict=True):
             h = self.call(block.forward, h, time, rotary, before)
@@ -417,10 +414,10 @@ class DiT(nn.Module):
         Lagrangian one (24). The head turns dh into the derivative of the logits, linear in h.
         """
         zeros = torch.zeros_like
-        time = self.time(s, t)
+        time = self.embed_times(s, t)
         with torch.no_grad():
             tangents = (zeros(s) if ds is None else ds, zeros(t) if dt is None else dt)
-            _, dtime = torch.func.jvp(self.time, (s, t), tangents)
+            _, dtime = torch.func.jvp(self.embed_times, (s, t), tangents)
         h = y
         dh = zeros(y) if dy is None else dy.to(y.dtype)
         keys, rotary = context or self.no_context(y)
@@ -460,17 +457,13 @@ class DiT(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         h = F.embedding(tokens, self.embedding)
         one = torch.ones(len(h), 1, dtype=h.dtype, device=h.device)
-        time = self.time(one, one)
+        time = self.embed_times(one, one)
         rotary = self.rotation(positions)
-        found = []
+        context = []
         for block, earlier in zip(self.blocks, before or [None] * len(self.blocks), strict=True):
             h, keys = self.call(block.encode, h, time, rotary, earlier)
-            found.append(keys)
-        return found
-
-    def given(self, keys, positions):
-        """This network on a block at positions (L,) or (B, L), with `keys` that `encode` gave."""
-        return Conditional(self, keys, positions)
+            context.append(keys)
+        return context
 
     # --- noise, in the embedding ---
 
@@ -558,7 +551,10 @@ class DiT(nn.Module):
 
 
 class Conditional:
-    """A DiT with a clean context: see `DiT.given`. Everything else is the network's own."""
+    """A DiT on a block at positions (L,) or (B, L), with `keys` that `encode` gave, or None.
+
+    Everything else is the network's own.
+    """
 
     def __init__(self, model, keys, positions):
         self.model = model
@@ -607,11 +603,11 @@ def probabilities(z):
 
 
 def chunks(rows, width, device):
-    """Slices of 2^k rows of a (rows, width) temporary: 1/32 of it, from 2^22 to 2^25 values.
+    """Cut `rows` rows of `width` values into slices of a power of two, each small enough to hold.
 
-    On CUDA about 1/128 of the card's memory in float32 (4,096 rows of GPT-2's vocabulary on 80 GB),
-    because every chunk reads and writes a whole (V, D) gradient. Free memory is not asked, so that
-    a run repeats.
+    On a CPU a slice is 1/32 of the rows, but from 2^22 to 2^25 values. On CUDA it is about 1/128 of
+    the card's memory in float32 (4,096 rows of GPT-2's vocabulary on 80 GB): every chunk reads and
+    writes a whole (V, D) gradient. It does not depend on free memory, so that a run repeats.
     """
     if device.type == "cuda":
         elements = torch.cuda.get_device_properties(device).total_memory // 512
@@ -682,13 +678,13 @@ class HeadLoss(torch.autograd.Function):
                 grad_h[rows] = g @ low_head
             if grad_head is not None:
                 add_product(grad_head, g.T, low_h[rows])
-        ctx.found = grad_h, grad_head
+        ctx.gradients = grad_h, grad_head
         return total, {name: torch.cat([part[name] for part in reports]) for name in reports[0]}
 
     @staticmethod
     def backward(ctx, grad, _):
-        grads = [None if found is None else found.mul_(grad) for found in ctx.found]
-        ctx.found = None  # scaled in place, not copied, so this works only once
+        grads = [None if known is None else known.mul_(grad) for known in ctx.gradients]
+        ctx.gradients = None  # scaled in place, not copied, so this works only once
         return *grads, None, None, None, None, None
 
 

@@ -167,6 +167,9 @@ def load_documents(args):
             found = f"cannot load {name!r}: {reason(error.__cause__ or error)}"
             raise SystemExit(f"{found}; {advice}") from None
     names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
+    if not names:
+        found = f"{args.source[0]} has the splits {[*loaded[0]]}"
+        raise SystemExit(f"{found}, expected train, validation or test")
     splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
     columns = splits[0].features
     if getattr(columns.get(args.column), "dtype", None) not in ("string", "large_string"):

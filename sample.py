@@ -7,8 +7,8 @@
     python sample.py --prompt "In 1969" --nfe 8 --guidance 1.5        # trained with --context any
     python sample.py --infill "some[MASK] near the[MASK]"             # with --context scatter
 
-Prints the text and, with --output, writes it: one {"text": ...} a line to a .jsonl, or token ids
-(samples, L) to a .npy. The state stays in the embedding: y of shape (B, L, D), not (B, L, V).
+Prints the text and, with --output, writes it as JSON, one {"text": ...} a line. The state stays in
+the embedding: y of shape (B, L, D), not (B, L, V).
 """
 
 import argparse
@@ -21,7 +21,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Draw, load_model, logit_chunks, machine_flags, replacing, resolve_machine, softmax
+from model import (
+    Conditional,
+    Draw,
+    load_model,
+    logit_chunks,
+    machine_flags,
+    replacing,
+    resolve_machine,
+    softmax,
+)
 from prepare_data import Help, amount, decode, encoder, fraction, natural, positive, say
 
 # ------------------------------------------------------------------------------------------------
@@ -58,33 +67,34 @@ def generate(
     """
     y = model.embed_noise(xi)
     networks = branches(model, guidance)
-    for k, (s, over, t) in enumerate(jump_times(model, nfe, gamma, xi), 1):
-        end = s if euler else over
+    for k, (s, landing, t) in enumerate(jump_times(model, nfe, gamma, xi), 1):
+        end = s if euler else landing
         hidden = [(weight, network(y, s, end)) for weight, network in networks]
         if watch:
             watch(hidden[0][1])
         if k == nfe:
             break
         psi_W = sum(weight * model.soft_embedding(h) for weight, h in hidden)
-        y = model.path.flow_map(y, psi_W, s, over)
+        y = model.path.flow_map(y, psi_W, s, landing)
         if gamma:
-            y = renoise(model, y, over, t, normal())
+            y = renoise(model, y, landing, t, normal())
         if select:
             y = select(y, t)
-    # A draw needs one uniform for each position: Phi of a fresh normal.
-    uniform = torch.special.ndtr(normal()[..., 0]).flatten() if temperature else None
+    uniform = None
+    if temperature:  # one uniform in [0, 1) for each position: Phi of a fresh normal
+        uniform = torch.special.ndtr(normal()[..., 0]).flatten().clamp(max=1 - 2**-24)
     return (finish or choose)(model.head, hidden, temperature, uniform)
 
 
 def jump_times(model, nfe, gamma, like):
-    """Times (s, over, t) of each jump, (B, 1 or L) each: from s to `over`, then `renoise` to t.
+    """Times (s, landing, t) of each jump, (B, 1 or L) each: s to `landing`, then `renoise` to t.
 
-    The grid is uniform in progress; a jump to tau overshoots to tau + gamma (1 - tau).
+    The grid is uniform in progress; a jump to tau lands at tau + gamma (1 - tau).
     """
     tau = torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]
     grid = model.times(tau).to(like.device, like.dtype)
-    overshot = model.times(tau + gamma * (1 - tau)).to(like.device, like.dtype)
-    jumps = zip(grid[:-1], overshot[1:], grid[1:], strict=True)
+    landings = model.times(tau + gamma * (1 - tau)).to(like.device, like.dtype)
+    jumps = zip(grid[:-1], landings[1:], grid[1:], strict=True)
     return [tuple(time.expand(len(like), -1) for time in jump) for jump in jumps]
 
 
@@ -118,7 +128,7 @@ def choose(head, hidden, temperature=0.0, uniform=None):
     """Tokens (B, L) of psi = sum of weight * softmax(h @ head.T) over the pairs in `hidden`.
 
     The most probable ones or, with temperature T > 0, draws from psi^(1/T) by `uniform` (B L,)
-    in [0, 1]. A psi below 0 counts as 0.
+    in [0, 1). A psi below 0 counts as 0.
     """
     weights = [weight for weight, _ in hidden]
     tokens = []
@@ -140,9 +150,13 @@ def choose(head, hidden, temperature=0.0, uniform=None):
 # (B, n, noise_size); `how` are arguments of `generate`.
 
 
-def write_rows(model, B, normal, **how):
-    """Tokens (B, L): whole rows."""
-    fresh = functools.partial(normal, model.config.seq_len)
+def write_rows(model, B, normal, block_size=None, **how):
+    """Tokens (B, L): whole rows, at once or, if the model was trained on blocks, block by block."""
+    L = model.config.seq_len
+    if block_size:
+        nothing = torch.zeros(B, 0, dtype=torch.long, device=model.head.device)
+        return continue_text(model, nothing, L, block_size, normal, **how)
+    fresh = functools.partial(normal, L)
     return generate(model, fresh(), normal=fresh, **how)
 
 
@@ -150,7 +164,7 @@ def write_block(model, keys, positions, normal, guidance, **how):
     """Tokens (B, n) at positions (n,), given the `keys` of a context or None."""
     fresh = functools.partial(normal, len(positions))
     how["guidance"] = guidance if keys else 1.0
-    return generate(model.given(keys, positions), fresh(), normal=fresh, **how)
+    return generate(Conditional(model, keys, positions), fresh(), normal=fresh, **how)
 
 
 @torch.no_grad()
@@ -251,17 +265,21 @@ def check_context(args, checkpoint):
         raise SystemExit(f"{args.checkpoint} was distilled with guidance already: drop --guidance")
 
 
-def prompt_writer(args, meta, block_size):
-    """The `write` function of `draw_samples` for --prompt."""
+def prompt_writer(args, meta, trained):
+    """The `write` function of `draw_samples` for --prompt; `trained`: the flags of training."""
     L = meta["seq_len"]
     bos = [] if meta["bos_id"] is None else [meta["bos_id"]]
     tokens = torch.tensor(bos + encoder(meta)(args.prompt), dtype=torch.long)
     length = args.length or L
-    size = args.block_size or block_size or L
+    size = args.block_size or trained["block_size"] or L
     if len(tokens) >= length:
         raise SystemExit(f"the prompt has {len(tokens)} tokens, --length is {length}")
+    whole = trained["block_size"] if trained["context"] == "block" else 1
+    if len(tokens) % whole or size % whole:
+        found = f"the prompt has {len(tokens)} tokens, BOS included, and --block-size is {size}"
+        raise SystemExit(f"{found}: --context block learned multiples of {whole}")
     # Framed rows end with EOS at position L - 1: a text that goes on must not use that position.
-    window = L - 1 if bos and length > L else L
+    window = L - whole if bos and length > L else L
     if length > L and size >= window:
         raise SystemExit(f"--length {length} is beyond L = {L}: give a --block-size below {window}")
 
@@ -292,10 +310,10 @@ def infill_writer(args, meta):
     return write
 
 
-def check_output(flag, path, suffixes):
+def check_output(flag, path, suffix):
     """SystemExit, before any work, if the result cannot be written to `path`."""
-    if path.suffix not in suffixes:
-        raise SystemExit(f"{flag} {path}: expected a name that ends in {' or '.join(suffixes)}")
+    if path.suffix != suffix:
+        raise SystemExit(f"{flag} {path}: expected a name that ends in {suffix}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise SystemExit(f"{flag} {path}: expected a file in a folder that exists and is writable")
 
@@ -304,7 +322,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
-    add("--output", type=Path, help="a .jsonl of texts or .npy of ids; NAME-NFE if several --nfe")
+    add("--output", type=Path, help="a .jsonl to write; NAME-NFE.jsonl if several --nfe")
     group = parser.add_argument_group("prompts")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--prompt", help="write on from here; needs --context any or block")
@@ -318,28 +336,25 @@ def main():
     args = parser.parse_args()
     resolve_machine(args)
     if args.output:
-        check_output("--output", args.output, [".jsonl", ".npy"])
+        check_output("--output", args.output, ".jsonl")
     model, checkpoint, euler = load_sampler(args.checkpoint, args.device)
     meta = checkpoint["meta"]
     check_context(args, checkpoint)
     how = dict(euler=euler, gamma=args.gamma, temperature=args.temperature, dtype=args.dtype)
     if args.prompt is not None:
-        how["write"] = prompt_writer(args, meta, checkpoint["args"]["block_size"])
+        how["write"] = prompt_writer(args, meta, checkpoint["args"])
     elif args.infill is not None:
         how["write"] = infill_writer(args, meta)
+    else:
+        how["block_size"] = checkpoint["args"].get("block_size")
     for nfe in args.nfe:
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, **how)
         texts = [decode(meta, row) for row in rows]
         if args.output:
             stem = args.output.stem + (f"-{nfe}" if len(args.nfe) > 1 else "")
-            path = args.output.with_stem(stem)
-            if path.suffix == ".npy":
-                with replacing(path, "wb") as file:
-                    np.save(file, rows)
-            else:
-                lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-                with replacing(path) as file:
-                    file.writelines(line + "\n" for line in lines)
+            lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+            with replacing(args.output.with_stem(stem)) as file:
+                file.writelines(line + "\n" for line in lines)
         say("\n".join([f"--- {nfe} NFE", *(texts[:4] if args.output else texts)]))
 
 

@@ -21,7 +21,16 @@ import model as net
 import prepare_data
 import train_diagonal
 from evaluate import likelihood_bound
-from model import INTERPOLANTS, DiT, Divergence, Draw, ModelConfig, head_loss, schedule_table
+from model import (
+    INTERPOLANTS,
+    Conditional,
+    DiT,
+    Divergence,
+    Draw,
+    ModelConfig,
+    head_loss,
+    schedule_table,
+)
 from sample import choose, continue_text, fill_in, generate, renoise
 
 torch.set_num_threads(1)  # small tensors; the other cores have tests of their own
@@ -34,8 +43,8 @@ QUADRATIC = net.Interpolant(  # a new path is one entry of INTERPOLANTS
     beta=lambda t: t,
     d_alpha=lambda t: -2 * t,
     d_beta=lambda t: torch.ones_like(t),
-    delta=lambda s, t: (t - s) * (1 + s * t),
-    time_of=lambda b: 2 * b / (1 - b + torch.sqrt((1 - b) ** 2 + 4 * b**2)),
+    Delta=lambda s, t: (t - s) * (1 + s * t),
+    time_at=lambda b: 2 * b / (1 - b + torch.sqrt((1 - b) ** 2 + 4 * b**2)),
 )
 SEQUENCES = torch.tensor([[0, 1, 2], [0, 3, 4], [1, 1, 4], [2, 0, 2]])
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -106,6 +115,7 @@ class Oracle:
         self.whiten = torch.linalg.inv(torch.linalg.cholesky(gram)).T  # of y, to unit noise
         self.clean = self.one_hot @ self.embedding @ self.whiten
         self.noise_size = len(self.head)
+        self.schedule_tau = self.schedule_time = torch.tensor([0, net.LAST, 1.0]).double()
         self.times = lambda tau: self.times_and_rates(tau)[0]
         self.noise_factor = lambda: self.embedding
         self.embed_noise = lambda xi: xi @ self.embedding
@@ -219,7 +229,7 @@ def test_coefficients(name):
     def slope(f, t):
         return torch.func.jvp(f, (t,), (torch.ones_like(t),))[1]
 
-    gamma, gamma_kappa = p.eulerian(S, T)
+    gamma = p.Gamma(S, T)
     ell = slope(p.alpha, U) / p.alpha(U)
     lam = slope(p.beta, U) - p.beta(U) * ell
     xi = p.beta(T) - p.alpha(T) / p.alpha(S) * p.beta(S)
@@ -228,20 +238,20 @@ def test_coefficients(name):
         (p.beta(ends), ends),
         (p.d_alpha(U), slope(p.alpha, U)),
         (p.d_beta(U), slope(p.beta, U)),
-        (p.delta(S, T), p.alpha(S) * p.beta(T) - p.alpha(T) * p.beta(S)),
+        (p.Delta(S, T), p.alpha(S) * p.beta(T) - p.alpha(T) * p.beta(S)),
         (p.wronskian(U), p.alpha(U) ** 2 * slope(r, U)),
         (p.omega(S, U, T), (r(U) - r(S)) / (r(T) - r(S))),
         (p.C(S, T), (r(T) - r(S)) / slope(r, T)),
         (gamma, p.alpha(T) / p.alpha(S)),
-        (gamma_kappa / gamma, (r(T) - r(S)) / slope(r, S)),  # 1 / kappa
+        (p.E(S, T) / gamma, (r(T) - r(S)) / slope(r, S)),  # 1 / kappa
         (p.drift(x, psi, U), ell[..., None] * x + lam[..., None] * psi),
         (p.flow_map(x, psi, S, T), gamma[..., None] * x + xi[..., None] * psi),
-        (r(p.time_of(U)), U / (1 - U)),
+        (r(p.time_at(U)), U / (1 - U)),
     ]
     if name == "linear":
         cases += [
             (p.omega(S, U, T), (U - S) * (1 - T) / ((T - S) * (1 - U))),
-            (gamma_kappa, T - S),
+            (p.E(S, T), T - S),
             (p.C(S, T), (T - S) * (1 - T) / (1 - S)),
             (p.flow_map(x, psi, S, T), (1 - t) / (1 - s) * x + (t - s) / (1 - s) * psi),
             (p.drift(x, psi, U), (psi - x) / (1 - u)),
@@ -503,7 +513,9 @@ def test_head_loss(kind):
     divergence = Divergence(train_diagonal.cross_entropy, (tokens,))
     if kind != "cross_entropy":
         q = normals(10, 7, seed=2).softmax(-1)
-        divergence = Divergence(distill.DIVERGENCES[kind](lambda z, q: (q, {})), (q,))
+        divergence = Divergence(
+            distill.between(distill.DIVERGENCES[kind], lambda z, q: (q, {})), (q,)
+        )
     total, report = head_loss(*leaves, scale, divergence, 0.01, 0.5)
     z = leaves[0] @ leaves[1].T
     weighted = weighted_loss(z, q, 0.01, 0.5, kind)
@@ -541,7 +553,7 @@ def test_diagonal(target):
     stage1.head.data.mul_(1.3)
     block = tokens[:, 2:]
     places = torch.arange(2, 5)
-    student, teacher = (n.given(n.encode(tokens[:, :2]), places) for n in (model, stage1))
+    student, teacher = (Conditional(n, n.encode(tokens[:, :2]), places) for n in (model, stage1))
     noise = draw()
     t = model.times(noise.uniform(1)).float()
     q = F.one_hot(block, V).float()
@@ -834,7 +846,7 @@ def test_position_lag(schedule):
     assert (factor.std(-1) / factor.mean(-1)).median() < 1e-6  # it jumps at a table's knots
     assert torch.allclose(rate.mean(-1, keepdim=True), one)
     assert torch.equal(shared.times_and_rates(tau)[1], one)
-    block = model.given(None, torch.arange(2, 4))  # a block is a row of its own
+    block = Conditional(model, None, torch.arange(2, 4))  # a block is a row of its own
     assert torch.equal(block.times(tau), model.times(tau, 2))
 
 
@@ -941,7 +953,7 @@ def test_forward_mode_derivative(path, per_position, context):
     """D_s and d/dt of h_st by the dual pass are central differences of h; h has its graph."""
     model = small_model(interpolant=path)
     keys = model.encode(torch.randint(40, (3, context))) if context else None
-    block = model.given(keys, torch.arange(context, 5))
+    block = Conditional(model, keys, torch.arange(context, 5))
     y, dy, probe = normals(3, 3, 5 - context, 16)
     s = torch.rand(3, y.shape[1] if per_position else 1, dtype=torch.float64) / 2
     inputs = y, s, s + 0.3
@@ -1107,11 +1119,11 @@ def test_given_is_the_masked_pass():
     parts = model.encode(tokens[:, 1:], before=model.encode(tokens[:, :1]))
     by_row = model.encode(tokens, torch.arange(3).expand(2, 3))
     for found, where in ((keys, places), (parts, places), (by_row, places.expand(2, 2))):
-        assert torch.allclose(model.given(found, where)(*inputs), expected, atol=1e-12)
-    alone = model.given(keys, places).alone()(*inputs)
+        assert torch.allclose(Conditional(model, found, where)(*inputs), expected, atol=1e-12)
+    alone = Conditional(model, keys, places).alone()(*inputs)
     assert not torch.allclose(alone, expected, atol=1e-3)
-    assert torch.equal(alone, model.given(None, places)(*inputs))
-    assert same(model.given(None, torch.arange(2))(*inputs), model(*inputs), atol=1e-12)
+    assert torch.equal(alone, Conditional(model, None, places)(*inputs))
+    assert same(Conditional(model, None, torch.arange(2))(*inputs), model(*inputs), atol=1e-12)
 
 
 @pytest.mark.parametrize("how", [("block", 2), ("any", 2), ("any", None), ("scatter", None)])
@@ -1184,7 +1196,7 @@ def test_blocks_with_and_without_the_cache(omega, prompt):
         n = min(4, 22 - written)
         context = tokens[:, max(0, written + n - 12) :]
         c = context.shape[1]
-        block = model.given(model.encode(context) if c else None, torch.arange(c, c + n))
+        block = Conditional(model, model.encode(context) if c else None, torch.arange(c, c + n))
         new = generate(block, normal(n), 2, guidance=omega if c else 1.0)
         tokens = torch.cat([tokens, new], 1)
     assert torch.equal(ours, tokens)
@@ -1197,14 +1209,14 @@ def test_fill_in():
     out = fill_in(model, tokens, given, start(), nfe=2)
     keys = model.encode(tokens[:, given], given.nonzero().squeeze(1))
     gaps = (~given).nonzero().squeeze(1)
-    expected = generate(model.given(keys, gaps), start()(8), 2)
+    expected = generate(Conditional(model, keys, gaps), start()(8), 2)
     assert torch.equal(out, tokens.index_copy(1, gaps, expected))
 
 
 def test_guidance():
     """psi = psi_0 + omega (psi_c - psi_0) in each jump; omega 0 and 1 are the plain branches."""
     model, tokens, start = sampling_case()
-    given = model.given(model.encode(tokens[:, :5]), torch.arange(5, 9))
+    given = Conditional(model, model.encode(tokens[:, :5]), torch.arange(5, 9))
     xi = start()(4)
     for omega, plain in ((0.0, given.alone()), (1.0, given)):
         assert torch.equal(generate(given, xi, 3, guidance=omega), generate(plain, xi, 3))
@@ -1230,7 +1242,7 @@ def test_a_new_loss(monkeypatch):
     def stay(model, teacher, y, jump, args):
         """For a map that stays where it is: psi_st = psi_ss."""
         h_ss = teacher(y, jump.s, jump.s).flatten(0, 1).detach()
-        target = distill.kl(distill.instantaneous)
+        target = distill.between(distill.kl, distill.instantaneous)
         return model(y, jump.s, jump.t), Divergence(target, (h_ss,), (net.lowered(teacher.head),))
 
     monkeypatch.setitem(distill.TEACHERS, "stay", stay)

@@ -47,6 +47,7 @@ import test_identities
 import train_diagonal
 from model import (
     SIZES,
+    Conditional,
     DiT,
     Draw,
     ModelConfig,
@@ -253,16 +254,15 @@ def test_the_whole_road(work, loss):
     assert not torch.equal(student["head"], stage1["head"])
 
     flags = ["--checkpoint", f"runs/grammar-{loss}", "--num-samples", 2]
-    out = python("sample.py", *flags, "--nfe", 1, 3, "--output", "out.npy", cwd=work).stdout
+    out = python("sample.py", *flags, "--nfe", 1, 3, "--output", "out.jsonl", cwd=work).stdout
     assert re.findall("--- (.*)", out) == ["1 NFE", "3 NFE"]
-    rows = np.load(work / "out-3.npy")
-    assert rows.shape == (2, meta["seq_len"])
-    python("sample.py", *flags, "--nfe", 3, "--output", "out.jsonl", cwd=work)
-    texts = [json.loads(text)["text"] for text in (work / "out.jsonl").read_text().splitlines()]
-    assert texts == [decode(meta, row) for row in rows] == out.splitlines()[-2:]
+    texts = read_texts(work / "out-3.jsonl")
+    assert texts == out.splitlines()[-2:]
     model, saved, _ = sample.load_sampler(run, "cpu")
     assert same(dict(model.state_dict()), saved["ema"])  # the averaged weights
-    assert np.array_equal(sample.draw_samples(model, 3, 2, 64, 0, euler=False), rows)
+    rows = sample.draw_samples(model, 3, 2, 64, 0, euler=False)
+    assert rows.shape == (2, meta["seq_len"])
+    assert texts == [decode(meta, row) for row in rows]
 
     runs = ["runs/grammar-diagonal", f"runs/grammar-{loss}/checkpoint-2.pt"]
     flags = ["--checkpoint", *runs, "--nfe", 1, 2, "--num-samples", 16]
@@ -478,7 +478,7 @@ def step_on_meta(words, monkeypatch, B, config):
     params = list(model.parameters())
     if words.startswith("distill"):
         if args.guidance != 1:
-            stage1 = stage1.given(None, torch.arange(L, device="meta"))
+            stage1 = Conditional(stage1, None, torch.arange(L, device="meta"))
         objective = distill.distillation(args, None if args.joint else stage1, critic)
         params += list(critic.parameters()) if args.loss == "dmd" else []
     tokens = torch.empty(B, L, dtype=torch.long, device="meta")
@@ -1113,11 +1113,16 @@ def test_samples_depend_on_seed_and_index_alone(work, gamma, temperature):
     assert np.array_equal(rows, draw(7, 7, 0)) == (gamma == temperature == 0)
 
 
+def read_texts(path):
+    """The texts in a .jsonl by sample.py."""
+    return [json.loads(line)["text"] for line in path.read_text().split("\n")[:-1]]
+
+
 @pytest.fixture(scope="session")
 def conditional(work):
-    """In the folder of `work`: runs/any and runs/scatter of stage 1, runs/guided of stage 2."""
-    for kind in ("any", "scatter"):
-        train(work, work / f"runs/{kind}", "--context", kind, "--steps", 4, "--lr", "1e-2")
+    """In the folder of `work`: runs/any, scatter and block of stage 1, runs/guided of stage 2."""
+    for kind, more in (("any", []), ("scatter", []), ("block", ["--block-size", 5])):
+        train(work, work / f"runs/{kind}", "--context", kind, *more, "--steps", 4, "--lr", "1e-2")
     flags = ["--data", "data/grammar", "--checkpoint", "runs/any", "--out", "runs/guided"]
     python("distill.py", "--loss", "psd", *flags, "--guidance", 1.5, "--steps", 2, *RUN, cwd=work)
     return work
@@ -1128,10 +1133,14 @@ def test_prompts_and_gaps(conditional, tmp_path):
     meta = read_meta(conditional / "data/grammar")
     prompt = ["--prompt", "some farmers near"]
 
-    def written(run, *flags):
-        flags = ["--num-samples", 3, "--nfe", 2, "--temperature", 1, "--output", "x.npy", *flags]
+    def written(run, *flags, length=meta["seq_len"]):
+        flags = ["--num-samples", 3, "--nfe", 2, "--temperature", 1, "--output", "x.jsonl", *flags]
         python("sample.py", "--checkpoint", conditional / "runs" / run, *flags, cwd=tmp_path)
-        return np.load(tmp_path / "x.npy")
+        texts = [
+            json.loads(line)["text"] for line in (tmp_path / "x.jsonl").read_text().split("\n")[:-1]
+        ]
+        rows = [encoder(meta)(text) for text in texts]
+        return np.array([row + [meta["pad_id"]] * (length - len(row)) for row in rows])
 
     plain = written("any", *prompt)
     assert plain.shape == (3, meta["seq_len"])
@@ -1139,9 +1148,9 @@ def test_prompts_and_gaps(conditional, tmp_path):
     assert not np.array_equal(plain, written("any", *prompt, "--seed", 1))
     guided = written("any", *prompt, "--guidance", 40)
     assert not np.array_equal(plain, guided)
-    blocks = written("any", *prompt, "--block-size", 2, "--length", 14)  # the window slides
+    blocks = written("any", *prompt, "--block-size", 2, "--length", 14, length=14)  # slides
     assert blocks.shape == (3, 14)
-    longer = written("any", *prompt, "--block-size", 2, "--length", 17)
+    longer = written("any", *prompt, "--block-size", 2, "--length", 17, length=17)
     assert np.array_equal(longer[:, :13], blocks[:, :13])
     distilled = written("guided", *prompt)
     for rows in (plain, guided, blocks, distilled):
@@ -1152,14 +1161,34 @@ def test_prompts_and_gaps(conditional, tmp_path):
     assert (saved["context"], saved["guidance"], saved["diagonal_from"]) == ("any", 1.5, "stage1")
 
 
+def test_a_model_of_blocks_writes_blocks(conditional):
+    """Whole rows of a model trained on blocks of 5 are two blocks, the second given the first."""
+    model, saved, _ = sample.load_sampler(conditional / "runs/block", "cpu")
+    how = dict(euler=True, block_size=saved["args"]["block_size"])
+    rows = torch.from_numpy(sample.draw_samples(model, 2, 3, 64, 0, **how))
+    draw = Draw(0, 0, range(3), "cpu")
+    keys = None
+    for places in (torch.arange(5), torch.arange(5, 10)):
+        noise = draw.normal(5, model.noise_size)
+        expected = sample.generate(Conditional(model, keys, places), noise, 2, euler=True)
+        assert torch.equal(rows[:, places], expected)
+        keys = model.encode(expected)
+    flags = ["--checkpoint", "runs/block", "--nfe", 2, "--num-samples", 3]
+    out = python("sample.py", *flags, cwd=conditional).stdout.splitlines()
+    assert out[-3:] == [decode(read_meta(conditional / "data/grammar"), row) for row in rows]
+    found, _ = evaluated(conditional, *flags)
+    assert found["results"][-1]["nfe"] == 2
+
+
 def test_a_long_text_leaves_out_the_place_of_eos(monkeypatch):
     """Framed rows end with EOS at position L - 1, so the window of a text beyond L has L - 1."""
     seen = {}
     monkeypatch.setattr(sample, "continue_text", lambda *inputs, **how: seen.update(how))
     monkeypatch.setattr(sample, "encoder", lambda meta: lambda text: [5, 6])
     args = SimpleNamespace(prompt="a b", length=40, block_size=4, guidance=1.0)
-    for bos, window in ((None, 16), (0, 15)):
-        write = sample.prompt_writer(args, {"seq_len": 16, "bos_id": bos}, None)
+    for bos, context, window in ((None, "any", 16), (0, "any", 15), (None, "block", 16)):
+        trained = {"context": context, "block_size": 2}
+        write = sample.prompt_writer(args, {"seq_len": 16, "bos_id": bos}, trained)
         write(SimpleNamespace(head=torch.zeros(1)), 2, None)
         assert seen["window"] == window
 
@@ -1389,16 +1418,16 @@ def test_equal_entropy(work):
 
 
 def test_evaluate_samples(letters, judge):
-    """.jsonl, .npy and .txt of the same samples score as their model's, also without a data set."""
-    meta = read_meta(letters / "data/t")
+    """A .jsonl and a .txt of the same samples score as their model's, also without a data set."""
     flags = ["--checkpoint", "runs/t-diagonal", "--nfe", 2, "--num-samples", 5]
-    for name in ("s.npy", "s.jsonl"):
-        python("sample.py", *flags, "--output", name, cwd=letters)
-    texts = [decode(meta, row) for row in np.load(letters / "s.npy")]
+    python("sample.py", *flags, "--output", "s.jsonl", cwd=letters)
+    texts = [
+        json.loads(line)["text"] for line in (letters / "s.jsonl").read_text().split("\n")[:-1]
+    ]
     (letters / "s.txt").write_text("\n".join(texts) + "\n")
     (letters / "odd.txt").write_text("to\u2028be\\n\n\n")
     assert evaluate.read_samples(letters / "odd.txt", None)[1] == ["to\u2028be\\n", ""]
-    files = ["s.jsonl", "s.npy", "s.txt"]
+    files = ["s.jsonl", "s.txt"]
     results = evaluated(letters, *flags, "--judge", judge, "--samples", *files)[0]["results"][3:]
     assert [r["model"] for r in results] == [*files, "t-diagonal"]
     for key in ("gen_ppl", "entropy", "distinct_4", "copied_4"):
@@ -1477,17 +1506,16 @@ MISTAKES = [
     ("sample.py --checkpoint any --prompt 'some dragons'", "dragons"),
     ("sample.py --checkpoint any --prompt some --length 30", "--block-size"),
     ("sample.py --checkpoint guided --prompt some --guidance 2", "--guidance"),
+    ("sample.py --checkpoint block --prompt some", "multiples of 5"),
+    ("evaluate.py --checkpoint block --data grammar --bound 4", "--block-size"),
     ("sample.py --checkpoint trained --temperature nan", "--temperature"),
     ("evaluate.py --checkpoint trained --entropy 3 --temperature 1", "drop --temperature"),
     ("evaluate.py --checkpoint trained --entropy 3 --bound 4", "give --nfe"),
-    ("evaluate.py --samples narrow.npy --data grammar", "L is 10"),
     ("evaluate.py --samples short.txt --data grammar --entropy 2", "--checkpoint"),
     ("evaluate.py --checkpoint trained", "was trained on"),
     ("evaluate.py --checkpoint trained --data high", "token 999"),
     ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
-    ("evaluate.py --samples floats.npy --data grammar", "float64"),
-    ("evaluate.py --samples high.npy --data grammar", "ids 52 to 52"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
 ]
 
@@ -1498,7 +1526,12 @@ def mistaken(conditional, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistaken")
     for name in ("grammar", "cut", "broken", "words", "changed", "high", "empty", "listed"):
         shutil.copytree(conditional / "data/grammar", folder / name)
-    for name, run in (("trained", "grammar-diagonal"), ("any", "any"), ("guided", "guided")):
+    for name, run in (
+        ("trained", "grammar-diagonal"),
+        ("any", "any"),
+        ("block", "block"),
+        ("guided", "guided"),
+    ):
         shutil.copytree(conditional / "runs" / run, folder / name)
     meta = read_meta(folder / "grammar")
     for name, key, value in (("words", "vocab", meta["vocab"][::-1]), ("changed", "sha256", {})):
@@ -1520,9 +1553,6 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
     (folder / "picture.png").write_bytes(b"\x89PNG")
-    np.save(folder / "floats.npy", np.ones((2, 3)))
-    np.save(folder / "high.npy", np.full((2, 10), 52))
-    np.save(folder / "narrow.npy", np.zeros((2, 3), int))
     return folder
 
 

@@ -46,6 +46,7 @@ from tqdm import tqdm
 from model import (
     INTERPOLANTS,
     SIZES,
+    Conditional,
     DiT,
     Divergence,
     Draw,
@@ -114,8 +115,9 @@ def diagonal(model, tokens, draw, power=0.5, target=None):
 def draw_contexts(tokens, draw, args):
     """(context (B,), start (B,), length (B,), order (B, L)) for rows of tokens (B, L).
 
-    `order` lists a row's positions. The first `context` of them are its context: `start`, or 0 if
-    dropped. Those from `start` to `start + length` are its block.
+    `order` is a permutation of a row's positions. Its first `context` entries are the context;
+    the entries from `start` to `start + length` are the block. `context` is `start`, or 0 where
+    the context is dropped.
     """
     B, L = tokens.shape
     size = args.block_size or L
@@ -130,8 +132,8 @@ def draw_contexts(tokens, draw, args):
     order = torch.arange(L, device=tokens.device).expand(B, L)
     if args.context == "scatter":
         rank = draw.normal(L).argsort(-1).argsort(-1)
-        given = rank < start[:, None].to(tokens.device)  # (B, L), true at `start` random places
-        order = torch.argsort(~given, dim=-1, stable=True)  # given positions first, both sorted
+        known = rank < start[:, None].to(tokens.device)  # (B, L), true at `start` random places
+        order = torch.argsort(~known, dim=-1, stable=True)  # known positions first, both sorted
     return context, start, length, order
 
 
@@ -155,15 +157,15 @@ def by_context(loss, networks, tokens, draw, args):
         columns = start[mask, None] + torch.arange(n)
         block = places.gather(1, columns.to(tokens.device, non_blocking=True))  # positions (b, n)
         clean = part.gather(1, places[:, :c])
-        given = {}
+        views = {}
         for network in dict.fromkeys(networks):  # the teacher may be the student
             keys = network.encode(clean, places[:, :c]) if c else None
-            given[network] = network.given(keys, block)
-        views = [given[network] for network in networks]
-        found = loss(*views, part.gather(1, block), draw.part(mask.numpy()))
+            views[network] = Conditional(network, keys, block)
+        conditional = [views[network] for network in networks]
+        group = loss(*conditional, part.gather(1, block), draw.part(mask.numpy()))
         share = mask.sum().item() / len(tokens)  # every row counts the same
-        for whole, values in zip((losses, scalars), found, strict=True):
-            add_to(whole, {name: share * value for name, value in values.items()})
+        for sums, values in zip((losses, scalars), group, strict=True):
+            add_to(sums, {name: share * value for name, value in values.items()})
     return losses, scalars
 
 
@@ -192,9 +194,9 @@ def take_rows(rows, vocab_size, seed, positions):
 # Gradients.
 
 
-def backward(root, leaves, found, gradient=None, retain_graph=False):
-    """The gradients of `root` in the leaves, added to those in `found` (None: none yet)."""
-    for leaf, grad in zip(leaves, found, strict=True):
+def accumulate(root, leaves, earlier, gradient=None, retain_graph=False):
+    """The gradients of `root` in the leaves, added to the `earlier` ones (None: none yet)."""
+    for leaf, grad in zip(leaves, earlier, strict=True):
         leaf.grad = grad
     # Autocast off: each product goes back in the precision it had.
     with torch.autocast(leaves[0].device.type, enabled=False):
@@ -210,13 +212,13 @@ def gradients(params, objective, model, batches, surgery):
     """
     # The noise factor is computed once a step. Micro-batches see a detached copy, and the gradient
     # that they leave on it goes back through the factor once, at the end.
-    held = model.held_factor
+    before = model.held_factor
     factor = model.noise_factor()
     model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
     leaves = [*params, model.held_factor]
     for leaf in leaves:
         leaf.grad = None  # free the old gradients before allocating new ones
-    found = {}  # {loss: its gradients}, in order of priority
+    by_loss = {}  # {loss: its gradients}, in order of priority
     scalars = {}
     for tokens, draw in batches:
         losses, report = objective(model, tokens, draw)
@@ -225,16 +227,17 @@ def gradients(params, objective, model, batches, surgery):
         if not surgery:
             losses = {"total": sum(losses.values())}
         for name, loss in losses.items():
-            earlier = found.get(name, [None] * len(leaves))
-            found[name] = backward(loss / len(batches), leaves, earlier)
-    for name, grads in found.items():
-        if grads[-1] is not None:
+            earlier = by_loss.get(name, [None] * len(leaves))
+            by_loss[name] = accumulate(loss / len(batches), leaves, earlier)
+    parts = []
+    for grads in by_loss.values():
+        *grads, factor_grad = grads
+        if factor_grad is not None:
             # Retain the graph: with surgery each loss passes back through the same factor.
-            grads = backward(factor, leaves, grads, gradient=grads[-1], retain_graph=True)
-        pairs = zip(params, grads[:-1], strict=True)
-        found[name] = average([torch.zeros_like(p) if g is None else g for p, g in pairs])
-    model.held_factor = held
-    parts = list(found.values())
+            grads = accumulate(factor, params, grads, gradient=factor_grad, retain_graph=True)
+        pairs = zip(params, grads, strict=True)
+        parts.append(average([torch.zeros_like(p) if g is None else g for p, g in pairs]))
+    model.held_factor = before
     if surgery:
         conflicts = [project(*pair) for pair in itertools.combinations(parts, 2)]
         scalars["conflict"] = torch.stack(conflicts).amax()
@@ -281,14 +284,16 @@ def project(first, second):
 SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
 
 
-def train(args, ranks, model, ema, objective, meta, passes, critic=None):
+VALIDATION = 1 << 40  # the seed of validation's noise, which no run trains with
+
+
+def train(args, ranks, model, ema, objective, meta, critic=None):
     """Train `model` on args.data by `objective` up to args.steps steps, and write args.out.
 
-    ranks: from `start_ranks`. ema: a copy of the model, which becomes its moving average. passes:
-    forward passes that a row costs, a backward pass counting as two. critic: a second network that
-    the objective trains (distill.py --loss dmd). It has a learning rate and clipping of its own,
-    and Adam's first decay is then 0 for both. Resuming changes no number. SIGTERM and SIGINT save
-    and end the run after the current step.
+    ranks: from `start_ranks`. ema: a copy of the model, which becomes its moving average. critic: a
+    second network that the objective trains (distill.py --loss dmd). It has a learning rate and
+    clipping of its own, and Adam's first decay is then 0 for both. Resuming changes no number.
+    SIGTERM and SIGINT save and end the run after the current step.
     """
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
@@ -334,7 +339,7 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
         tokens = [t.to(device, non_blocking=True) for t in tokens]
         return [(t, Draw(seed, step, r, device)) for t, r in zip(tokens, own_rows, strict=True)]
 
-    log = Log(args, ranks, start, passes * flops_per_row(model, meta["seq_len"]), meta["seq_len"])
+    log = Log(args, ranks, start, meta["seq_len"])
     stop = catch_signals()
     reader = ThreadPoolExecutor(1)
     next_tokens = reader.submit(load, "train", args.seed, start)
@@ -376,7 +381,7 @@ def train(args, ranks, model, ema, objective, meta, passes, critic=None):
             totals = {}
             with torch.no_grad(), autocast:
                 for k in range(args.val_batches):  # the same rows and noise every time
-                    for tokens, draw in on_device(load("val", 0, k), 0, k):
+                    for tokens, draw in on_device(load("val", 0, k), VALIDATION, k):
                         add_to(totals, objective(ema, tokens, draw)[1])
             scores = means(totals, args.val_batches * len(own_rows))
             extra |= {f"val_{name}": value for name, value in scores.items()}
@@ -428,29 +433,12 @@ def means(sums, count):
 # ------------------------------------------------------------------------------------------------
 # The log.
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16
-
-
-def peak_flops(device):
-    """Dense bf16 FLOPs a second of the GPU in use; None if it is not a known one."""
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
-
-
-def flops_per_row(model, L):
-    """FLOPs of one forward pass over one row: 2 per weight and token, and attention's 4 L D."""
-    # The modulation acts once a row, not on every token.
-    blocks = [p for name, p in model.blocks.named_parameters() if "modulation" not in name]
-    weights = sum(p.numel() for p in [*blocks, model.head] if p.ndim == 2)
-    return L * (2 * weights + 4 * model.config.layers * L * model.config.width)
-
 
 class Log:
     """Means since the last line, to log.jsonl and the terminal. The sums stay on the device."""
 
-    def __init__(self, args, ranks, start, flops, seq_len):
+    def __init__(self, args, ranks, start, seq_len):
         self.args = args
-        self.flops = flops
         self.seq_len = seq_len
         self.rank, self.world, self.device = ranks
         hidden = self.rank > 0 or not sys.stderr.isatty()
@@ -507,20 +495,16 @@ class Log:
         self.say(f"step {done:,}/{self.args.steps:,}  " + "  ".join([*numbers, left]))
 
     def speed(self):
-        """Time since `reset`, compilation included, peak memory, and on known GPUs the MFU."""
+        """Seconds a step since `reset`, compilation included, tokens a second and peak memory."""
         unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         seconds = (time.perf_counter() - self.clock) / self.steps
-        rows = self.args.batch_size / seconds
-        out = {"seconds_per_step": seconds, "tokens_per_second": rows * self.seq_len}
-        out["peak_memory_gb"] = peak / 1e9
-        flops = peak_flops(self.device)
-        if flops and not self.args.context:  # contexts cost less than whole rows
-            out["mfu"] = rows * self.flops / (flops * self.world)
-        return out
+        tokens = self.args.batch_size * self.seq_len
+        speed = {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
+        return speed | {"peak_memory_gb": peak / 1e9}
 
     def say(self, text):
         """Print a line, above the progress bar, from rank 0."""
@@ -618,15 +602,20 @@ def hold_run(folder):
         raise SystemExit(f"cannot write {folder}: {error.strerror}; change --out") from None
 
 
+def expanded(arguments):
+    """Command-line arguments, with the lines of a file in place of each @FILE."""
+    for argument in arguments:
+        if argument.startswith("@"):
+            yield from expanded(Path(argument[1:]).read_text().splitlines())
+        else:
+            yield argument
+
+
 def write_config(args, start):
     """Write config.json and flags.txt, and keep the lines up to step `start` of an old log."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit()}
-    flags = []
-    for argument in sys.argv[1:]:
-        replay = argument.startswith("@")
-        flags += Path(argument[1:]).read_text().splitlines() if replay else [argument]
-    flags = [flag for flag in flags if flag != "--resume"]
+    flags = [flag for flag in expanded(sys.argv[1:]) if flag != "--resume"]
     log = args.out / "log.jsonl"
     kept = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
@@ -685,29 +674,36 @@ def context_flags(parser):
     text = "learn a block given whole clean blocks, any number of tokens, or any set of positions"
     add("--context", choices=["block", "any", "scatter"], help=text)
     add("--block-size", type=positive, help="tokens written at once (default: all that follow)")
-    add("--context-dropout", type=fraction, default=0.1, help="share without it, for guidance")
+    add("--context-dropout", type=fraction, help="share without it, for guidance (default: 0.1)")
 
 
 # The flags of a network trained from scratch; one that starts from a checkpoint has them from it.
-MODEL_FLAGS = "size schedule schedule_blend position_lag interpolant".split()
+# The parser's defaults are None, so that a flag at its default value counts as given.
+MODEL_DEFAULTS = dict(
+    size="base", schedule="argmax", schedule_blend=0.9, position_lag=0.0, interpolant="linear"
+)
 
 
-def first_given(parser, names):
-    """The first of these flags on the command line, as "--flag"; None if none is there."""
-    parser.set_defaults(**dict.fromkeys(names, None))  # also one at its default counts
-    args = vars(parser.parse_args())
-    return next(("--" + name.replace("_", "-") for name in names if args[name] is not None), None)
+def first_given(args, names):
+    """The first of these flags that is not None, as "--flag"; None if all are."""
+    given = [name for name in names if getattr(args, name) is not None]
+    return "--" + given[0].replace("_", "-") if given else None
+
+
+def fill_in(args, **defaults):
+    """Set the flags that are None to their defaults."""
+    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
 def model_flags(parser):
     """The flags that shape a network trained from scratch."""
     add = parser.add_argument_group("model").add_argument
-    add("--size", choices=list(SIZES), default="base", help="base is the paper's 170M")
-    add("--schedule", choices=["argmax", "linear"], default="argmax", help="how to draw times (36)")
-    add("--schedule-blend", type=fraction, default=0.9, help="lambda of the argmax schedule")
+    add("--size", choices=list(SIZES), help="(default: base, the paper's 170M)")
+    add("--schedule", choices=["argmax", "linear"], help="how to draw times (36) (default: argmax)")
+    add("--schedule-blend", type=fraction, help="lambda of the argmax schedule (default: 0.9)")
     text = "earlier positions first (38): the last one's odds of progress are exp(-LAG) the first's"
-    add("--position-lag", type=float, default=0.0, metavar="LAG", help=text)
-    add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
+    add("--position-lag", type=float, metavar="LAG", help=text + " (default: 0)")
+    add("--interpolant", choices=list(INTERPOLANTS), help="the path (47) (default: linear)")
 
 
 def parse_training_args(parser):
@@ -742,14 +738,12 @@ def new_model(args, meta):
     return DiT(ModelConfig(meta["vocab_size"], meta["seq_len"], **SIZES[args.size], **path))
 
 
-def model_from(args, meta, parser):
+def model_from(args, meta):
     """The averaged weights of the checkpoint args.init, to go on with on rows of any length."""
-    if flag := first_given(parser, MODEL_FLAGS):
-        raise SystemExit(f"--init {args.init} has fixed {flag}: drop it, or drop --init")
     path = args.out if args.resume else args.init
     model, checkpoint = load_model(path, seq_len=meta["seq_len"])
     same_tokens(path, checkpoint["meta"], args.data, meta)
-    vars(args).update({name: checkpoint["args"][name] for name in MODEL_FLAGS})
+    vars(args).update({name: checkpoint["args"][name] for name in MODEL_DEFAULTS})
     return model.train().requires_grad_(True)
 
 
@@ -763,15 +757,19 @@ def main():
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
+    flag = first_given(args, MODEL_DEFAULTS)
+    if args.init and flag:
+        raise SystemExit(f"--init {args.init} has fixed {flag}: drop it, or drop --init")
+    fill_in(args, **MODEL_DEFAULTS, context_dropout=0.1)
     meta = read_meta(args.data)
     check_run(args, meta["seq_len"])
-    model = model_from(args, meta, parser) if args.init else new_model(args, meta)
+    model = model_from(args, meta) if args.init else new_model(args, meta)
     loss = functools.partial(diagonal, power=args.diagonal_power)
 
     def objective(model, tokens, draw):
         return by_context(loss, [model], tokens, draw, args)
 
-    train(args, start_ranks(args), model, copy.deepcopy(model), objective, meta, passes=3)
+    train(args, start_ranks(args), model, copy.deepcopy(model), objective, meta)
 
 
 if __name__ == "__main__":

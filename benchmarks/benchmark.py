@@ -60,7 +60,7 @@ from model import (
 )
 from prepare_data import Help
 from sample import check_output, generate
-from train_diagonal import cross_entropy, diagonal, flops_per_row, gradients, peak_flops
+from train_diagonal import cross_entropy, diagonal, gradients
 
 # ------------------------------------------------------------------------------------------------
 # The steps, as objectives of train_diagonal.
@@ -80,7 +80,7 @@ def v_sized(model, tokens, draw):
 def next_token(model, tokens, draw):
     """Next-token cross-entropy of the same backbone, causal, with its times fixed at 1."""
     one = torch.ones(len(tokens), 1, device=tokens.device)
-    time = model.time(one, one)
+    time = model.embed_times(one, one)
     h = F.embedding(tokens, model.embedding)
     _, rotary = model.no_context(h)
     for block in model.blocks:
@@ -297,6 +297,23 @@ class Bench:
 # The parts: each returns the rows of its table.
 
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16
+
+
+def peak_flops(device):
+    """Dense bf16 FLOPs a second of the GPU in use; None if it is not a known one."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+
+
+def flops_per_row(model, L):
+    """FLOPs of one forward pass over one row: 2 per weight and token, and attention's 4 L D."""
+    # The modulation acts once a row, not on every token.
+    blocks = [p for name, p in model.blocks.named_parameters() if "modulation" not in name]
+    weights = sum(p.numel() for p in [*blocks, model.head] if p.ndim == 2)
+    return L * (2 * weights + 4 * model.config.layers * L * model.config.width)
+
+
 def steps(args):
     """Training steps: seconds and memory."""
     bench = Bench(args, args.vocab_size, args.rows, args.seq_len, args.only)
@@ -414,7 +431,7 @@ def main():
     args = parser.parse_args()
     resolve_machine(args)
     if args.output:
-        check_output("--output", args.output, [".json"])
+        check_output("--output", args.output, ".json")
     if args.compile is None:
         args.compile = args.device == "cuda"
     device = f"{torch.get_num_threads()} threads, {platform.machine()}"

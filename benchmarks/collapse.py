@@ -89,7 +89,7 @@ def main():
     add("--output", type=Path, help="JSON to write")
     args = parser.parse_args()
     if args.output:
-        check_output("--output", args.output, [".json"])
+        check_output("--output", args.output, ".json")
     model, checkpoint = load_model(args.checkpoint)
     diagonal, _ = load_model(args.diagonal)
     folder = Path(checkpoint["args"]["data"])

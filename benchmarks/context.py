@@ -98,7 +98,7 @@ def parse_args():
     args = parser.parse_args()
     resolve_machine(args)
     if args.output:
-        check_output("--output", args.output, [".json"])
+        check_output("--output", args.output, ".json")
     return args
 
 

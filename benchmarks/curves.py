@@ -88,7 +88,7 @@ def main():
     add("--keys", nargs="+", help="what to draw (default: every loss that was logged)")
     add("--output", type=Path, default=Path("loss.png"), help="PNG to write")
     args = parser.parse_args()
-    check_output("--output", args.output, [".png"])
+    check_output("--output", args.output, ".png")
     if args.runs[0].suffix == ".json":
         draw_scores(json.loads(args.runs[0].read_text())["results"], args.output)
         return

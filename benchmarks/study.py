@@ -267,7 +267,7 @@ def main():
     add("--plot", type=Path, help="PNG to draw: the first score against NFE")
     args = parser.parse_args()
     if args.plot:
-        check_output("--plot", args.plot, [".png"])
+        check_output("--plot", args.plot, ".png")
     study = STUDIES[args.study]
     folder = args.folder / args.study
     file = f"entropy-{args.entropy:g}.json" if args.entropy else "evaluation.json"
