@@ -41,7 +41,7 @@ from model import (
     weights_digest,
     wide,
 )
-from prepare_data import amount, fraction, read_meta, same_tokens
+from prepare_data import amount, fraction, read_meta, real, same_tokens
 from train_diagonal import by_context, diagonal, fill_in, first_given
 
 # ------------------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def distillation_flags(parser):
     add("--consistency-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
     add("--surgery", action=yes_no, help="project conflicting gradients (default: with psd)")
-    add("--guidance", type=float, default=1.0, help="distil the map guided by this; 1 is plain")
+    add("--guidance", type=real, default=1.0, help="distil the map guided by this; 1 is plain")
 
 
 def load_stage1(args, meta):
@@ -523,11 +523,14 @@ def load_stage1(args, meta):
         raise SystemExit(f"{path} is a map, distilled from {of}: give a stage 1, or --loss dmd")
     if of:
         args.stage1_checkpoint = args.stage1_checkpoint or of
+        advice = "name its stage 1 with --stage1-checkpoint"
+        if not Path(args.stage1_checkpoint).exists():
+            raise SystemExit(f"{path} was distilled from {of}, which is not here: {advice}")
         stage1, checkpoint = load_model(args.stage1_checkpoint)
         args.stage1 = weights_digest(checkpoint["ema"])
         if args.stage1 != earlier["stage1"]:
-            found = f"{args.stage1_checkpoint} is not the stage 1 of {path} ({of})"
-            raise SystemExit(f"{found}: name that one with --stage1-checkpoint")
+            found = f"{args.stage1_checkpoint} has not the weights that {path} was distilled from"
+            raise SystemExit(f"{found} ({of}, as it was then): {advice}")
     else:
         args.stage1_checkpoint = path
     model.train().requires_grad_(True)

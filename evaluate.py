@@ -213,8 +213,8 @@ def control_rows(meta, train, val, count, seed):
 def json_text(number, line):
     """The text of a line {"text": ...}; ValueError if there is none."""
     try:
-        return json.loads(line)["text"] + ""  # TypeError unless a string
-    except (ValueError, KeyError, TypeError):
+        return json.loads(line)["text"].encode().decode()  # a string of whole characters
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"line {number} has no string at the key 'text': {line:.40}") from None
 
 
@@ -222,9 +222,11 @@ def read_samples(path, meta):
     """(rows of ids, texts) from a file. Rows are None if no data set says how to tokenise."""
     expected = "expected a .jsonl of {'text': ...}, or text with one sample a line"
     try:
+        if path.suffix.lower() == ".json":
+            raise ValueError("found .json")
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028 too
         texts = texts if texts[-1] else texts[:-1]
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
     except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
@@ -387,8 +389,6 @@ class Scorer:
         if self.meta and self.meta["pad_id"] is not None:
             rows = [row[row != self.meta["pad_id"]] for row in rows]
         result |= extra | diversity(rows, self.known)
-        for text in texts[: self.args.show]:
-            say(f"    {name}: {text!r}")
         return result
 
 
@@ -427,7 +427,6 @@ def parse_args():
     add("--entropy", type=amount, help=text)
     text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
     add("--bound", type=positive, help=text)
-    add("--show", type=int, default=0, help="print this many samples for each row of the table")
     text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"
     add("--output", type=Path, help=text)
     add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
@@ -452,7 +451,6 @@ def parse_args():
         stem = "evaluation" if args.nfe or args.samples else "bound"
         of_file = last.parent / f"{stem}-{last.stem}.json"
         args.output = last / f"{stem}.json" if last.is_dir() else of_file
-    check_output("--output", args.output, ".json")
     return args
 
 
@@ -500,8 +498,8 @@ def model_rows(args, scorer, name, model, euler, block_size):
         speed = {}
         if args.entropy:
             temperature, ids = draw_at_entropy(draw, args.entropy)
-            if not temperature:
-                say(f"{name}, {nfe} NFE: its most probable tokens have more than --entropy already")
+            if temperature in (0, 2):
+                say(f"{name}, {nfe} NFE: no temperature from 0 to 2 gives --entropy {args.entropy}")
         else:
             start = time.perf_counter()
             ids = draw(temperature=temperature)
@@ -559,6 +557,7 @@ def write_scores(args, loaded, sets, results, bounds):
 def main():
     args = parse_args()
     loaded = [load_sampler(path, args.device) for path in args.checkpoint]
+    check_output("--output", args.output, ".json")
     block_sizes = [saved["args"].get("block_size") for _, saved, _ in loaded]
     if any(block_sizes) and (args.bound or args.entropy):
         raise SystemExit("--bound and --entropy need models of whole rows, without --block-size")

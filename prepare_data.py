@@ -24,6 +24,7 @@ import bisect
 import collections
 import fcntl
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -37,6 +38,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
+from pickle import PicklingError
 from threading import Thread
 
 import numpy as np
@@ -54,6 +56,9 @@ SOURCES = {
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FILES = {"train.bin", "val.bin", "meta.json"}
 AGAIN = "run prepare_data.py --force to make it again"
+if not (sys.stdout and sys.stderr):  # closed, as by >&-
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,7 +103,7 @@ def encoded(split, args):
 
     encode = functools.partial(encode_batch, args.tokenizer, args.bert)
     waiting = collections.deque()
-    bar = tqdm(total=len(split), unit="document", desc="tokenising")
+    bar = tqdm(total=len(split), unit="document", desc="tokenising", disable=None)
     pool = ProcessPoolExecutor(args.workers, initializer=follow_parent)
     try:
         with bar, pool:
@@ -109,8 +114,9 @@ def encoded(split, args):
                 bar.update(len(batch[args.column]))
             while waiting:
                 yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise SystemExit("a tokenising process died, perhaps of memory; lower --workers") from None
+    except (BrokenProcessPool, PicklingError):  # tiktoken's panics cannot be pickled
+        why = "perhaps of memory (lower --workers) or of a million spaces in a row (cut them)"
+        raise SystemExit(f"a tokenising process died, {why}") from None
 
 
 def follow_parent():
@@ -151,7 +157,7 @@ def load_documents(args):
         how = {}
         if reader == "text":  # -sig: without a byte order mark
             how = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
-        loads = [dict(path=reader, data_files=name, **how) for name in args.source]
+        loads = [dict(path=reader, data_files=glob.escape(name), **how) for name in args.source]
         advice = "it should be UTF-8 text" if reader == "text" else f"it should be {reader}"
     elif len(files) == 1 and files[0].suffix not in READERS and not files[0].exists():
         loads = [dict(path=args.source[0], name=args.config)]  # on the hub
@@ -171,9 +177,9 @@ def load_documents(args):
         found = f"{args.source[0]} has the splits {[*loaded[0]]}"
         raise SystemExit(f"{found}, expected train, validation or test")
     splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
-    columns = splits[0].features
-    if getattr(columns.get(args.column), "dtype", None) not in ("string", "large_string"):
-        raise SystemExit(f"no text in column {args.column!r}; --column takes one of {[*columns]}")
+    kinds = {name: getattr(kind, "dtype", kind) for name, kind in splits[0].features.items()}
+    if kinds.get(args.column) not in ("string", "large_string"):
+        raise SystemExit(f"no text in column {args.column!r}; --column takes one of {kinds}")
     if missing := sum(split.data.column(args.column).null_count for split in splits):
         say(f"{missing:,} documents have no {args.column!r}: they count as empty")
     if args.limit is not None:
@@ -188,6 +194,8 @@ def load_documents(args):
 
 def say(text):
     """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not be UTF-8
     try:
         print(text, flush=True)
     except OSError as error:
@@ -295,7 +303,7 @@ def write_rows(path, blocks):
 
     count = 0
     digest = hashlib.sha256()
-    with open(path, "wb") as file, tqdm(unit="row", desc=f"writing {path.name}") as bar:
+    with open(path, "wb") as file, tqdm(unit="row", desc=path.name, disable=None) as bar:
         for block in blocks:
             data = np.ascontiguousarray(block, "<u2").tobytes()
             file.write(data)
@@ -340,6 +348,7 @@ def describe_tokenizer(name, where):
         return dict(tokenizer="gpt2", vocab_size=gpt2.n_vocab, **ids)
     bert = pretrained("bert", where)
     ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
+    ids["lower_case"] = bert.init_kwargs.get("do_lower_case", True)
     vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
     return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
 
@@ -366,7 +375,7 @@ def encoder(meta):
     if meta["tokenizer"] == "bert":
         from transformers import BertTokenizerFast
 
-        bert = BertTokenizerFast(vocab=index)
+        bert = BertTokenizerFast(vocab=index, do_lower_case=meta.get("lower_case", True))
         return lambda text: bert(text, add_special_tokens=False)["input_ids"]
 
     def encode(text):
@@ -466,6 +475,7 @@ natural = number(int, 0)
 amount = number(float, 0)
 fraction = number(float, 0, 1)
 below_one = number(float, 0, 0.9999999)
+real = number(float, -1e6, 1e6)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -475,6 +485,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         if action.default is None or action.default is False or "default:" in action.help:
             return action.help
         return super()._get_help_string(action)
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def parse_args():
@@ -517,7 +535,7 @@ def parse_args():
     more = ("limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}
     files = [Path(name) for name in args.source]
-    args.settings["bytes"] = [path.stat().st_size for path in files if path.is_file()]
+    args.settings["sha256"] = [file_sha256(path) for path in files if path.is_file()]
     args.out = args.out or Path("data") / args.name
     return args
 
@@ -636,11 +654,14 @@ def grammar_split(args):
 def main():
     args = parse_args()
     if (args.out / "meta.json").exists() and not args.force:
-        was = read_meta(args.out).get("settings", {})
+        meta = read_meta(args.out)
+        was = meta.get("settings", {})
         for key, asked in args.settings.items():
             if key in was and asked != was[key]:
                 found = f"{args.out} is already there with {key} {was[key]}, not {asked}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
+        for split in ("train", "val"):
+            read_rows(args.out, split, meta)  # refuses a file of another size
         say(f"{args.out} is already there; --force makes it again")
         return
     args.out = args.out.resolve()

@@ -5,7 +5,6 @@
     python sample.py --checkpoint runs/owt-diagonal --nfe 64          # stage 1: Euler steps
     python sample.py --nfe 8 --gamma 1 --output samples.jsonl         # renoise between jumps
     python sample.py --prompt "In 1969" --nfe 8 --guidance 1.5        # trained with --context any
-    python sample.py --infill "some[MASK] near the[MASK]"             # with --context scatter
 
 Prints the text and, with --output, writes it as JSON, one {"text": ...} a line. The state stays in
 the embedding: y of shape (B, L, D), not (B, L, V).
@@ -31,7 +30,7 @@ from model import (
     resolve_machine,
     softmax,
 )
-from prepare_data import Help, amount, decode, encoder, fraction, natural, positive, say
+from prepare_data import Help, amount, decode, encoder, fraction, natural, positive, real, say
 
 # ------------------------------------------------------------------------------------------------
 # The sampler.
@@ -146,8 +145,8 @@ def choose(head, hidden, temperature=0.0, uniform=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Whole rows, text after a prompt, text around given words. `normal(n)` returns standard normals
-# (B, n, noise_size); `how` are arguments of `generate`.
+# Whole rows, and text after a prompt. `normal(n)` returns standard normals (B, n, noise_size);
+# `how` are arguments of `generate`.
 
 
 def write_rows(model, B, normal, block_size=None, **how):
@@ -160,20 +159,14 @@ def write_rows(model, B, normal, block_size=None, **how):
     return generate(model, fresh(), normal=fresh, **how)
 
 
-def write_block(model, keys, positions, normal, guidance, **how):
-    """Tokens (B, n) at positions (n,), given the `keys` of a context or None."""
-    fresh = functools.partial(normal, len(positions))
-    how["guidance"] = guidance if keys else 1.0
-    return generate(Conditional(model, keys, positions), fresh(), normal=fresh, **how)
-
-
 @torch.no_grad()
 def continue_text(model, tokens, length, block_size, normal, guidance=1.0, window=None, **how):
     """Extend a prompt (B, p), p >= 0, block by block to `length` tokens: int64 (B, length).
 
-    Keys and values are computed once for the prompt and each finished block, until the text
-    outgrows the window (default: the model's L). Then it slides, and each block encodes its context
-    again: the latest tokens that leave it room.
+    Blocks are whole, or end with the row, as in training; what is beyond `length` is cut off. Keys
+    and values are computed once for the prompt and each finished block, until the text outgrows the
+    window (default: the model's L). Then it slides, and each block encodes its context again: the
+    latest tokens that leave it room.
     """
     window = window or model.config.seq_len
     start = 0  # where the window begins
@@ -181,26 +174,19 @@ def continue_text(model, tokens, length, block_size, normal, guidance=1.0, windo
     keys = None
     while tokens.shape[1] < length:
         written = tokens.shape[1]
-        n = min(block_size, length - written)
+        n = block_size if length > window else min(block_size, window - written)
         if written + n - start > window:
             start = encoded = written + n - window
             keys = None
         if written > encoded:
             keys = model.encode(tokens[:, encoded:], before=keys)
             encoded = written
+        fresh = functools.partial(normal, n)
         positions = torch.arange(written - start, written - start + n, device=tokens.device)
-        block = write_block(model, keys, positions, normal, guidance, **how)
+        how["guidance"] = guidance if keys else 1.0
+        block = generate(Conditional(model, keys, positions), fresh(), normal=fresh, **how)
         tokens = torch.cat([tokens, block], 1)
-    return tokens
-
-
-@torch.no_grad()
-def fill_in(model, tokens, given, normal, guidance=1.0, **how):
-    """Tokens (B, L): those where the bool tensor `given` (L,) is true stay, others are written."""
-    places = given.nonzero().squeeze(1)
-    gaps = (~given).nonzero().squeeze(1)
-    keys = model.encode(tokens[:, places], places) if len(places) else None
-    return tokens.index_copy(1, gaps, write_block(model, keys, gaps, normal, guidance, **how))
+    return tokens[:, :length]
 
 
 def draw_samples(model, nfe, count, batch_size, seed, dtype="float32", write=write_rows, **how):
@@ -249,15 +235,12 @@ def sampling_flags(parser, count, several=False):
 
 
 def check_context(args, checkpoint):
-    """SystemExit if the model cannot do what --prompt, --infill or --guidance ask for."""
+    """SystemExit if the model cannot do what --prompt or --guidance ask for."""
     trained = checkpoint["args"].get("context")
     found = f"{args.checkpoint} was trained with --context {trained}"
-    blocks = args.block_size or args.length
-    if args.prompt is None and args.infill is None and (args.guidance != 1 or blocks):
-        raise SystemExit("--guidance, --block-size and --length need --prompt or --infill")
-    if args.infill is not None and (trained != "scatter" or blocks):
-        raise SystemExit(f"--infill needs scatter, without --block-size and --length; {found}")
-    if args.prompt is not None and trained not in ("any", "block"):
+    if args.prompt is None and (args.guidance != 1 or args.block_size or args.length):
+        raise SystemExit("--guidance, --block-size and --length need --prompt")
+    if args.prompt is not None and not trained:
         raise SystemExit(f"--prompt needs --context any or block; {found}")
     if args.guidance != 1 and not checkpoint["args"]["context_dropout"]:
         raise SystemExit(f"--guidance: {args.checkpoint} was trained with --context-dropout 0")
@@ -290,26 +273,6 @@ def prompt_writer(args, meta, trained):
     return write
 
 
-def infill_writer(args, meta):
-    """The `write` function of `draw_samples` for --infill."""
-    L = meta["seq_len"]
-    tokens = [] if meta["bos_id"] is None else [meta["bos_id"]]
-    encode = encoder(meta)
-    for piece in args.infill.split("[MASK]"):
-        tokens += [*encode(piece), -1]  # -1: a token to write
-    tokens.pop()  # after the last piece there is no [MASK]
-    if -1 not in tokens or len(tokens) > L:
-        found = f"{len(tokens)} tokens and {tokens.count(-1)} [MASK]"
-        raise SystemExit(f"--infill: expected at most {L} tokens and a [MASK], found {found}")
-    row = torch.tensor(tokens + [-1] * (L - len(tokens)))
-
-    def write(model, B, normal, **how):
-        rows = row.to(model.head.device).expand(B, L)
-        return fill_in(model, rows, rows[0] >= 0, normal, args.guidance, **how)
-
-    return write
-
-
 def check_output(flag, path, suffix):
     """SystemExit, before any work, if the result cannot be written to `path`."""
     if path.suffix != suffix:
@@ -323,15 +286,11 @@ def main():
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
     add("--output", type=Path, help="a .jsonl to write; NAME-NFE.jsonl if several --nfe")
-    group = parser.add_argument_group("prompts")
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("--prompt", help="write on from here; needs --context any or block")
-    text = "keep this text, fill each [MASK] and the rest; with GPT-2 tokens no space before [MASK]"
-    either.add_argument("--infill", help=text)
-    add = group.add_argument
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", help="write on from here; needs --context any or block")
     add("--length", type=positive, help="tokens in all, prompt included (default: the model's L)")
     add("--block-size", type=positive, help="tokens written at once (default: as trained)")
-    add("--guidance", type=float, default=1.0, help="weight of the context; 0 ignores it")
+    add("--guidance", type=real, default=1.0, help="weight of the context; 0 ignores it")
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
@@ -343,8 +302,6 @@ def main():
     how = dict(euler=euler, gamma=args.gamma, temperature=args.temperature, dtype=args.dtype)
     if args.prompt is not None:
         how["write"] = prompt_writer(args, meta, checkpoint["args"])
-    elif args.infill is not None:
-        how["write"] = infill_writer(args, meta)
     else:
         how["block_size"] = checkpoint["args"].get("block_size")
     for nfe in args.nfe:

@@ -354,7 +354,8 @@ def test_first_steps(work, tmp_path):
     tokens = train_diagonal.take_rows(rows, 52, 0, np.arange(16))
     for line in lines[:2]:  # of the averaged weights, on the same rows and noise every time
         model, _ = load_model(run / f"checkpoint-{line['step']}.pt")
-        _, report = train_diagonal.diagonal(model, tokens, Draw(0, 0, np.arange(16), "cpu"))
+        draw = Draw(train_diagonal.VALIDATION, 0, np.arange(16), "cpu")
+        _, report = train_diagonal.diagonal(model, tokens, draw)
         assert line["val_diagonal_ce"] == pytest.approx(float(report["diagonal_ce"]), rel=1e-6)
 
 
@@ -989,11 +990,11 @@ def test_documents_without_text_are_counted(tmp_path):
 
 
 def test_an_edited_source_is_not_already_there(tmp_path):
-    """Files with the same names as before but another size are other sources."""
+    """Files with the same names and sizes as before but another text are other sources."""
     flags = ["--source", "a.txt", "--tokenizer", "char", "--seq-len", 4]
-    for size in (40, 50):
-        (tmp_path / "a.txt").write_text("ab" * size)
-        done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=size == 40)
+    for text in ("ab", "AB"):
+        (tmp_path / "a.txt").write_text(text * 40)
+        done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=text == "ab")
     assert "--force" in done.stderr
 
 
@@ -1048,7 +1049,7 @@ def test_work_goes_on_without_a_reader(work, tmp_path, script):
     expected = "r/checkpoint-3.pt"
     if script == "evaluate.py":
         flags = ["--checkpoint", work / "runs/grammar-diagonal", "--data", work / "data/grammar"]
-        flags += ["--show", 9, "--num-samples", 9, "--output", tmp_path / "e.json"]
+        flags += ["--num-samples", 9, "--output", tmp_path / "e.json"]
         expected = "e.json"
     command = [sys.executable, HERE / script, *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1058,6 +1059,52 @@ def test_work_goes_on_without_a_reader(work, tmp_path, script):
     assert process.returncode == 0, errors
     assert "Error" not in errors
     assert (tmp_path / expected).exists()
+
+
+def test_work_goes_on_without_standard_streams(tmp_path):
+    """As with <&- >&- 2>&-, or a terminal that has no en dash."""
+    closed = (
+        "import os, runpy, sys; os.closerange(0, 3); sys.stdin = sys.stdout = sys.stderr = None; "
+    )
+    closed += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", closed, HERE / "prepare_data.py", "grammar", "--out", "g"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert read_meta(tmp_path / "g")["train_rows"] == 50_000
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as out:
+        prepare_data.say("1–2")
+    assert out.buffer.getvalue() == b"1?2\n"
+
+
+def test_a_source_with_brackets(tmp_path):
+    """File names are no patterns; rows that were cut short are noticed."""
+    (tmp_path / "a[1].txt").write_text("right " * 99)
+    (tmp_path / "a1.txt").write_text("wrong " * 99)
+    flags = ["file", "--source", "a[1].txt", "--tokenizer", "char", "--seq-len", 6, "--out", "d"]
+    python("prepare_data.py", *flags, cwd=tmp_path)
+    meta = read_meta(tmp_path / "d")
+    assert decode(meta, read_rows(tmp_path / "d", "train", meta)[0]) == "right "
+    os.truncate(tmp_path / "d/train.bin", 99)
+    assert "99 bytes" in one_line(python("prepare_data.py", *flags, cwd=tmp_path, ok=False))
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_bert_text_keeps_its_case(tmp_path, lower):
+    """Encoding again is the inverse of decoding, for cased vocabularies too."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "the", "Cat", "cat", "."]
+    words += [f"##{i}" for i in range(1000)]  # a BERT vocabulary has over 1,000
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "vocab.txt").write_text("\n".join(words))
+    (bert / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
+    (tmp_path / "t.txt").write_text("The cat . the Cat . " * 20)
+    flags = ["--source", "t.txt", "--tokenizer", "bert", "--bert", bert, "--seq-len", 8]
+    python("prepare_data.py", "file", *flags, "--workers", 1, cwd=tmp_path)
+    meta = read_meta(tmp_path / "data/file")
+    row = read_rows(tmp_path / "data/file", "train", meta)[0]
+    text = "[CLS] The cat. the Cat. [SEP]"
+    text = text.lower().replace("cls", "CLS").replace("sep", "SEP") if lower else text
+    assert decode(meta, row) == text
+    assert encoder(meta)(decode(meta, row)) == row.tolist()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -1120,26 +1167,23 @@ def read_texts(path):
 
 @pytest.fixture(scope="session")
 def conditional(work):
-    """In the folder of `work`: runs/any, scatter and block of stage 1, runs/guided of stage 2."""
-    for kind, more in (("any", []), ("scatter", []), ("block", ["--block-size", 5])):
+    """In the folder of `work`: runs/any and runs/block of stage 1, runs/guided of stage 2."""
+    for kind, more in (("any", []), ("block", ["--block-size", 5])):
         train(work, work / f"runs/{kind}", "--context", kind, *more, "--steps", 4, "--lr", "1e-2")
     flags = ["--data", "data/grammar", "--checkpoint", "runs/any", "--out", "runs/guided"]
     python("distill.py", "--loss", "psd", *flags, "--guidance", 1.5, "--steps", 2, *RUN, cwd=work)
     return work
 
 
-def test_prompts_and_gaps(conditional, tmp_path):
-    """Samples keep the prompt or the given words; guidance, blocks and seeds change the rest."""
+def test_prompts(conditional, tmp_path):
+    """Samples keep the prompt; guidance, blocks and seeds change the rest."""
     meta = read_meta(conditional / "data/grammar")
     prompt = ["--prompt", "some farmers near"]
 
     def written(run, *flags, length=meta["seq_len"]):
         flags = ["--num-samples", 3, "--nfe", 2, "--temperature", 1, "--output", "x.jsonl", *flags]
         python("sample.py", "--checkpoint", conditional / "runs" / run, *flags, cwd=tmp_path)
-        texts = [
-            json.loads(line)["text"] for line in (tmp_path / "x.jsonl").read_text().split("\n")[:-1]
-        ]
-        rows = [encoder(meta)(text) for text in texts]
+        rows = [encoder(meta)(text) for text in read_texts(tmp_path / "x.jsonl")]
         return np.array([row + [meta["pad_id"]] * (length - len(row)) for row in rows])
 
     plain = written("any", *prompt)
@@ -1155,8 +1199,6 @@ def test_prompts_and_gaps(conditional, tmp_path):
     distilled = written("guided", *prompt)
     for rows in (plain, guided, blocks, distilled):
         assert (rows[:, :3] == encoder(meta)("some farmers near")).all()
-    infilled = written("scatter", "--infill", "some [MASK] near the [MASK] read")
-    assert (infilled[:, [0, 2, 3, 5]] == encoder(meta)("some near the read")).all()
     saved = newest(conditional / "runs/guided")["args"]
     assert (saved["context"], saved["guidance"], saved["diagonal_from"]) == ("any", 1.5, "stage1")
 
@@ -1330,7 +1372,7 @@ def evaluated(folder, *flags):
 
 def test_evaluate_text(letters, judge, monkeypatch):
     """A model of characters: controls, every combination, intervals, the bound and the table."""
-    flags = ["--checkpoint", "runs/t-diagonal", "--judge", judge, "--num-samples", 6, "--show", 1]
+    flags = ["--checkpoint", "runs/t-diagonal", "--judge", judge, "--num-samples", 6]
     flags += ["--nfe", 1, 2, "--gamma", 0, 1, "--temperature", 0, 1, "--bound", 3]
     found, out = evaluated(letters, *flags)
     for r in found["results"]:
@@ -1421,9 +1463,7 @@ def test_evaluate_samples(letters, judge):
     """A .jsonl and a .txt of the same samples score as their model's, also without a data set."""
     flags = ["--checkpoint", "runs/t-diagonal", "--nfe", 2, "--num-samples", 5]
     python("sample.py", *flags, "--output", "s.jsonl", cwd=letters)
-    texts = [
-        json.loads(line)["text"] for line in (letters / "s.jsonl").read_text().split("\n")[:-1]
-    ]
+    texts = read_texts(letters / "s.jsonl")
     (letters / "s.txt").write_text("\n".join(texts) + "\n")
     (letters / "odd.txt").write_text("to\u2028be\\n\n\n")
     assert evaluate.read_samples(letters / "odd.txt", None)[1] == ["to\u2028be\\n", ""]
@@ -1499,7 +1539,7 @@ MISTAKES = [
     ("distill.py --data grammar --loss psd --critic-lr 1e-3", "--loss dmd"),
     (
         "distill.py --data grammar --loss dmd --checkpoint guided --stage1-checkpoint trained",
-        "of guided",
+        "that guided was distilled from",
     ),
     ("sample.py --checkpoint trained --output x.txt", ".jsonl"),
     ("sample.py --checkpoint trained --prompt some", "--context"),
@@ -1515,6 +1555,11 @@ MISTAKES = [
     ("evaluate.py --checkpoint trained", "was trained on"),
     ("evaluate.py --checkpoint trained --data high", "token 999"),
     ("evaluate.py --samples second.jsonl", "line 2"),
+    ("evaluate.py --samples half.jsonl", "line 1"),
+    ("evaluate.py --samples list.json", "found .json"),
+    ("evaluate.py --checkpoint nowhere", "nowhere cannot be read"),
+    ("sample.py --checkpoint any --prompt some --guidance nan", "--guidance"),
+    ("distill.py --data grammar --loss dmd --checkpoint guided", "--stage1-checkpoint"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
 ]
@@ -1548,6 +1593,8 @@ def mistaken(conditional, tmp_path_factory):
     rows[-1] = 999
     rows.flush()
     (folder / "second.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (folder / "half.jsonl").write_text('{"text": "half a pair \\ud83d"}\n')
+    (folder / "list.json").write_text('[{"text": "a"}]')
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)

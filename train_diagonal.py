@@ -71,6 +71,7 @@ from prepare_data import (
     positive,
     read_meta,
     read_rows,
+    real,
     release,
     same_tokens,
     say,
@@ -112,14 +113,12 @@ def diagonal(model, tokens, draw, power=0.5, target=None):
 # Clean contexts (section 4.2).
 
 
-def draw_contexts(tokens, draw, args):
-    """(context (B,), start (B,), length (B,), order (B, L)) for rows of tokens (B, L).
+def draw_contexts(L, draw, args):
+    """(start, length, context) of each row, (B,) each.
 
-    `order` is a permutation of a row's positions. Its first `context` entries are the context;
-    the entries from `start` to `start + length` are the block. `context` is `start`, or 0 where
-    the context is dropped.
+    A row's block is its `length` tokens from `start`. Its context is its first `context` tokens:
+    all before the block, or none where the context is dropped.
     """
-    B, L = tokens.shape
     size = args.block_size or L
     quarter, drop = draw.uniform(2).unbind(1)
     # All rows share one random offset, so a step has only four context lengths, L / 4 apart, and
@@ -127,42 +126,32 @@ def draw_contexts(tokens, draw, args):
     place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
     unit = size if args.context == "block" else 1
     start = (place * (L // unit)).long() * unit
-    context = torch.where(drop < args.context_dropout, 0, start)
     length = (L - start).clamp(max=size)
-    order = torch.arange(L, device=tokens.device).expand(B, L)
-    if args.context == "scatter":
-        rank = draw.normal(L).argsort(-1).argsort(-1)
-        known = rank < start[:, None].to(tokens.device)  # (B, L), true at `start` random places
-        order = torch.argsort(~known, dim=-1, stable=True)  # known positions first, both sorted
-    return context, start, length, order
+    return start, length, torch.where(drop < args.context_dropout, 0, start)
 
 
 def by_context(loss, networks, tokens, draw, args):
     """loss(*networks, tokens, draw), or under --context its mean over rows of blocks and contexts.
 
-    A row's context is whole blocks ("block"), any number of tokens ("any") or any set of positions
-    ("scatter", where all others are the block: infilling). Rows of equal lengths run together, so
-    no mask is needed and the fused attention kernels serve.
+    A row's context is whole blocks ("block") or any number of tokens ("any"). Rows of equal lengths
+    run together, so no mask is needed and the fused attention kernels serve.
     """
     if not args.context:
         return loss(*networks, tokens, draw)
-    context, start, length, order = draw_contexts(tokens, draw, args)
+    start, length, context = draw_contexts(tokens.shape[1], draw, args)
     losses = {}
     scalars = {}
-    for c, n in sorted(set(zip(context.tolist(), length.tolist(), strict=True))):
-        mask = (context == c) & (length == n)
+    for s, n, c in sorted(set(zip(start.tolist(), length.tolist(), context.tolist(), strict=True))):
+        mask = (start == s) & (context == c)
         rows = mask.nonzero().squeeze(1).to(tokens.device, non_blocking=True)
         part = tokens[rows]
-        places = order[rows]
-        columns = start[mask, None] + torch.arange(n)
-        block = places.gather(1, columns.to(tokens.device, non_blocking=True))  # positions (b, n)
-        clean = part.gather(1, places[:, :c])
+        positions = torch.arange(s, s + n, device=tokens.device)
         views = {}
         for network in dict.fromkeys(networks):  # the teacher may be the student
-            keys = network.encode(clean, places[:, :c]) if c else None
-            views[network] = Conditional(network, keys, block)
+            keys = network.encode(part[:, :c]) if c else None
+            views[network] = Conditional(network, keys, positions)
         conditional = [views[network] for network in networks]
-        group = loss(*conditional, part.gather(1, block), draw.part(mask.numpy()))
+        group = loss(*conditional, part[:, s : s + n], draw.part(mask.numpy()))
         share = mask.sum().item() / len(tokens)  # every row counts the same
         for sums, values in zip((losses, scalars), group, strict=True):
             add_to(sums, {name: share * value for name, value in values.items()})
@@ -671,8 +660,8 @@ def training_flags(parser, steps):
 def context_flags(parser):
     """The flags of conditional training, in both stages."""
     add = parser.add_argument_group("prompts").add_argument
-    text = "learn a block given whole clean blocks, any number of tokens, or any set of positions"
-    add("--context", choices=["block", "any", "scatter"], help=text)
+    text = "learn a block given whole clean blocks, or any number of clean tokens"
+    add("--context", choices=["block", "any"], help=text)
     add("--block-size", type=positive, help="tokens written at once (default: all that follow)")
     add("--context-dropout", type=fraction, help="share without it, for guidance (default: 0.1)")
 
@@ -702,7 +691,7 @@ def model_flags(parser):
     add("--schedule", choices=["argmax", "linear"], help="how to draw times (36) (default: argmax)")
     add("--schedule-blend", type=fraction, help="lambda of the argmax schedule (default: 0.9)")
     text = "earlier positions first (38): the last one's odds of progress are exp(-LAG) the first's"
-    add("--position-lag", type=float, metavar="LAG", help=text + " (default: 0)")
+    add("--position-lag", type=real, metavar="LAG", help=text + " (default: 0)")
     add("--interpolant", choices=list(INTERPOLANTS), help="the path (47) (default: linear)")
 
 
@@ -724,7 +713,7 @@ def check_run(args, seq_len):
     if found and not args.resume:
         raise SystemExit(f"{found[0]} exists: continue with --resume, or name another --out")
     size = args.block_size
-    if size and args.context not in ("block", "any"):
+    if size and not args.context:
         raise SystemExit(f"--block-size {size} needs --context block or any")
     if args.context == "block" and not (size and size < seq_len and seq_len % size == 0):
         raise SystemExit(f"--context block needs a --block-size that divides {seq_len}, not {size}")
