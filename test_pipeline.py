@@ -1504,7 +1504,6 @@ MISTAKES = [
     ("prepare_data.py file --source picture.png", "picture.png"),
     ("prepare_data.py file --source lines.jsonl --tokenizer char", "--column"),
     ("prepare_data.py file --source short.txt latin.txt", "latin.txt"),
-    ("prepare_data.py text8 --source upper.txt", "a-z"),
     ("prepare_data.py owt --source short.txt", "--val-documents"),
     ("prepare_data.py file --source upper.txt --tokenizer char --val-documents -1", "[0, inf]"),
     ("prepare_data.py grammar --seed -1", "--seed"),
