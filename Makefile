@@ -25,7 +25,8 @@ demo: $(READY)
 	$(BIN)/python distill.py $(FLAGS) --loss dmd --checkpoint runs/grammar-psd \
 		--steps 1200 --warmup 20 --cooldown 600
 	$(BIN)/python evaluate.py --checkpoint $(RUNS) --nfe 1 2 4 8 64 --gamma 0 1 \
-		--num-samples 512 --batch-size 256 --show 3
+		--num-samples 512 --batch-size 256
+	$(BIN)/python sample.py --checkpoint runs/grammar-dmd --nfe 1 4 --num-samples 3
 
 test: $(READY)
 	$(BIN)/ruff check .

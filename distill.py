@@ -458,7 +458,9 @@ def set_defaults(args):
     dmd = args.loss == "dmd"
     # LSD's logit form is ill-conditioned, see `corrected`.
     signed_target = args.loss == "lsd" and args.divergence == "kl"
-    steps = 1_000_000 if args.joint else 10_000 if dmd else 100_000
+    steps = 10_000 if dmd else 100_000
+    if args.joint:
+        steps = 1_000_000
     name = f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")
     fill_in(
         args,

@@ -139,8 +139,7 @@ def choose(head, hidden, temperature=0.0, uniform=None):
         rows = chunk[0][0]
         total = softmax(psi.clamp(min=0).log() / temperature).cumsum(-1)
         point = uniform[rows, None] * total[:, -1:]
-        index = torch.searchsorted(total, point, right=True).squeeze(1)
-        tokens.append(index.clamp(max=len(head) - 1))
+        tokens.append(torch.searchsorted(total, point, right=True).squeeze(1))
     return torch.cat(tokens).view(hidden[0][1].shape[:-1])
 
 
