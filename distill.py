@@ -523,6 +523,8 @@ def load_stage1(args, meta):
     of = earlier.get("stage1_checkpoint")  # only a map that was distilled has it
     if of and args.loss != "dmd":
         raise SystemExit(f"{path} is a map, distilled from {of}: give a stage 1, or --loss dmd")
+    if of and earlier["guidance"] != 1:
+        raise SystemExit(f"{path} was distilled with guidance, which --loss dmd would undo")
     if of:
         args.stage1_checkpoint = args.stage1_checkpoint or of
         advice = "name its stage 1 with --stage1-checkpoint"
@@ -534,6 +536,8 @@ def load_stage1(args, meta):
             found = f"{args.stage1_checkpoint} has not the weights that {path} was distilled from"
             raise SystemExit(f"{found} ({of}, as it was then): {advice}")
     else:
+        if str(args.stage1_checkpoint or path) != str(path):
+            raise SystemExit(f"{path} is a stage 1 itself: drop --stage1-checkpoint")
         args.stage1_checkpoint = path
     model.train().requires_grad_(True)
     model.embedding.requires_grad_(False)  # all networks must see the same y = x W

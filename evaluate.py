@@ -178,12 +178,14 @@ def estimate(values):
 
 
 def to_ids(texts, meta):
-    """Token ids (n,) of each text, cut at L; on the grammar padded to L."""
+    """Token ids (n,) of each text, cut at L; on the grammar padded to L, and not cut."""
     encode = encoder(meta)
     L = meta["seq_len"]
-    rows = [encode(text)[:L] for text in texts]
+    rows = [encode(text) for text in texts]
     if meta["tokenizer"] == "grammar":
         rows = [row + [meta["pad_id"]] * (L - len(row)) for row in rows]
+    else:
+        rows = [row[:L] for row in rows]
     return [np.array(row, np.int64) for row in rows]
 
 
@@ -233,7 +235,10 @@ def read_samples(path, meta):
     if not texts:
         raise SystemExit(f"--samples {path} is empty; {expected}")
     say(f"{path}: {len(texts)} samples, {sum(not text for text in texts)} of them empty")
-    return (to_ids(texts, meta) if meta else None), texts
+    try:
+        return (to_ids(texts, meta) if meta else None), texts
+    except SystemExit as error:
+        raise SystemExit(f"--samples {path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------

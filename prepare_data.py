@@ -22,6 +22,7 @@ a data set is complete or absent.
 import argparse
 import bisect
 import collections
+import errno
 import fcntl
 import functools
 import glob
@@ -152,9 +153,9 @@ def load_documents(args):
     kinds = {path.suffix if path.is_file() else None for path in files}
     if len(kinds) == 1 and kinds <= READERS.keys():
         reader = READERS[kinds.pop()]
-        how = {}
+        how = dict(download_mode="force_redownload")  # the cache goes by a file's time
         if reader == "text":  # -sig: without a byte order mark
-            how = dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
+            how |= dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
         loads = [dict(path=reader, data_files=glob.escape(name), **how) for name in args.source]
         advice = "it should be UTF-8 text" if reader == "text" else f"it should be {reader}"
     elif len(files) == 1 and files[0].suffix not in READERS and not files[0].exists():
@@ -168,8 +169,10 @@ def load_documents(args):
         try:
             loaded.append(datasets.load_dataset(**where))
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
-            found = f"cannot load {name!r}: {reason(error.__cause__ or error)}"
-            raise SystemExit(f"{found}; {advice}") from None
+            cause = error.__cause__ or error
+            if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOSPC:
+                advice = "make room in memory, or on the disk that HF_HOME names"
+            raise SystemExit(f"cannot load {name!r}: {reason(cause)}; {advice}") from None
     names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
     if not names:
         found = f"{args.source[0]} has the splits {[*loaded[0]]}"
@@ -211,34 +214,19 @@ def reason(error):
 # From rows to files.
 
 
-def hold(path):
-    """Keep other processes from writing the same thing, until `release` or this process ends.
-
-    `path` is the file that is locked. SystemExit if another process holds it.
-    """
-    file = open(path, "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"another process is writing here, it holds {path}: wait for it") from None
-    return file
-
-
-def release(lock):
-    os.unlink(lock.name)
-    lock.close()
-
-
 def prepare(args):
     """Build the data set beside its target, then rename it; return its meta.json as a dict."""
     partial = args.out.with_name(args.out.name + ".partial")
     for folder in (args.out, partial):
         refuse_others(folder)
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold(args.out.with_name(args.out.name + ".lock"))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in partial.iterdir():  # of a run that was killed
+            file.unlink()
+    except BlockingIOError:
+        raise SystemExit(f"another process is writing {partial}: wait for it") from None
     except OSError as error:
         raise SystemExit(f"cannot write {partial}: {error.strerror}; change --out") from None
     try:
@@ -246,11 +234,13 @@ def prepare(args):
         refuse_others(args.out)  # again: building can take hours
         shutil.rmtree(args.out, ignore_errors=True)
         partial.rename(args.out)
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
+        if not isinstance(error, OSError):
+            raise
         raise SystemExit(f"cannot write {partial}: {error}; make room, or change --out") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
-        release(lock)
+        os.close(lock)
     return meta
 
 
@@ -321,6 +311,7 @@ def pretrained(name, where=None):
     """The gpt2 or bert tokenizer; `where`, for bert alone, is a name on the hub or a folder."""
     try:
         if name == "gpt2":
+            os.environ["RUST_BACKTRACE"] = "0"  # out of memory, a backtrace hangs tiktoken
             import tiktoken
 
             return tiktoken.get_encoding("gpt2")
@@ -346,6 +337,9 @@ def describe_tokenizer(name, where):
     ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
     ids["lower_case"] = bert.init_kwargs.get("do_lower_case", True)
     vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
+    if ids["lower_case"] and any(word[:1] != "[" and word != word.lower() for word in vocab):
+        found = f"the vocabulary at {where} has capitals, which it would never use"
+        raise SystemExit(f'{found}: put {{"do_lower_case": false}} into its tokenizer_config.json')
     return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
 
 
@@ -531,6 +525,8 @@ def parse_args():
     more = ("limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}
     files = [Path(name) for name in args.source]
+    if args.tokenizer == "bert":
+        files += sorted(Path(args.bert).glob("*"))
     args.settings["sha256"] = [file_sha256(path) for path in files if path.is_file()]
     args.out = args.out or Path("data") / args.name
     return args

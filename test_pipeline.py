@@ -6,6 +6,7 @@ tiktoken_cache/, bert-base-uncased/vocab.txt). Without that variable they are sk
 
 import argparse
 import copy
+import fcntl
 import functools
 import io
 import itertools
@@ -620,7 +621,7 @@ def stopped_at(run, output):
 
 
 def test_a_signal_saves_and_ends(work, tmp_path):
-    """SIGTERM or SIGINT: save after the step, exit with 0. Resumed, nothing is lost."""
+    """SIGTERM or SIGINT: save after the step, exit with 143. Resumed, nothing is lost."""
     flags = ["--steps", 60]
     train(work, tmp_path / "whole", *flags)
     parts = tmp_path / "parts"
@@ -630,7 +631,7 @@ def test_a_signal_saves_and_ends(work, tmp_path):
         flags += ["--resume"]
         wait_for_step(process, parts, last + 3)
         process.send_signal(number)
-        last = stopped_at(parts, finish(process, tmp_path))
+        last = stopped_at(parts, finish(process, tmp_path, codes=[143]))
         assert last < 60
     train(work, parts, *flags)
     assert_same_runs(tmp_path / "whole", parts)
@@ -672,7 +673,7 @@ def test_two_ranks_end_together(work, tmp_path):
     process = begin(parts, "--resume")
     wait_for_step(process, parts, newest(parts)["step"] + 4)  # past what was logged before
     os.kill(children(process)[-1], signal.SIGTERM)
-    assert stopped_at(parts, finish(process, tmp_path)) < 40
+    assert stopped_at(parts, finish(process, tmp_path, codes=range(1, 256))) < 40
     finish(begin(parts, "--resume"), tmp_path)
     assert_same_runs(tmp_path / "whole", parts)
 
@@ -954,20 +955,16 @@ def test_bert_text_is_joined_as_people_write_it(pieces):
     assert decode(meta, [*ids, 0, 0]) == CLEANED[pieces]
 
 
-def test_one_writer_at_a_time(work, tmp_path):
-    """A second process on the same data set or run ends at once; the first is not disturbed."""
-    run = tmp_path / "run"
-    first = train_diagonal.hold_run(run)
-    flags = ["--data", work / "data/grammar", "--out", run, *TINY, *RUN]
-    done = python("train_diagonal.py", *flags, cwd=tmp_path, ok=False)
-    assert "another process" in done.stderr
-    assert [path.name for path in run.iterdir()] == ["lock"]
-    prepare_data.release(first)
-    with prepare_data.hold(tmp_path / "g.lock"):
-        done = python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path, ok=False)
-    assert "another process" in done.stderr
+def test_one_writer_at_a_time(tmp_path):
+    """A second process that makes the same data set ends at once."""
+    (tmp_path / "g.partial").mkdir()
+    lock = os.open(tmp_path / "g.partial", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path, ok=False)
+    assert "another process" in one_line(done)
+    os.close(lock)
     python("prepare_data.py", "grammar", "--out", tmp_path / "g", cwd=tmp_path)
-    assert not (tmp_path / "g.lock").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
 
 
 def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
@@ -990,12 +987,15 @@ def test_documents_without_text_are_counted(tmp_path):
 
 
 def test_an_edited_source_is_not_already_there(tmp_path):
-    """Files with the same names and sizes as before but another text are other sources."""
+    """Files with the same names, sizes and times as before but another text are other sources."""
     flags = ["--source", "a.txt", "--tokenizer", "char", "--seq-len", 4]
     for text in ("ab", "AB"):
         (tmp_path / "a.txt").write_text(text * 40)
+        os.utime(tmp_path / "a.txt", (1e9, 1e9))
         done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=text == "ab")
     assert "--force" in done.stderr
+    python("prepare_data.py", "file", *flags, "--force", cwd=tmp_path)
+    assert read_meta(tmp_path / "data/file")["vocab"] == ["A", "B"]
 
 
 def killed(*inputs):
@@ -1089,7 +1089,7 @@ def test_a_source_with_brackets(tmp_path):
 
 @pytest.mark.parametrize("lower", [False, True])
 def test_bert_text_keeps_its_case(tmp_path, lower):
-    """Encoding again is the inverse of decoding, for cased vocabularies too."""
+    """Cased vocabularies: encoding inverts decoding; without their setting they are refused."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "the", "Cat", "cat", "."]
     words += [f"##{i}" for i in range(1000)]  # a BERT vocabulary has over 1,000
     bert = tmp_path / "bert"
@@ -1098,12 +1098,13 @@ def test_bert_text_keeps_its_case(tmp_path, lower):
     (bert / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     (tmp_path / "t.txt").write_text("The cat . the Cat . " * 20)
     flags = ["--source", "t.txt", "--tokenizer", "bert", "--bert", bert, "--seq-len", 8]
-    python("prepare_data.py", "file", *flags, "--workers", 1, cwd=tmp_path)
+    done = python("prepare_data.py", "file", *flags, "--workers", 1, cwd=tmp_path, ok=not lower)
+    if lower:
+        assert "do_lower_case" in done.stderr
+        return
     meta = read_meta(tmp_path / "data/file")
     row = read_rows(tmp_path / "data/file", "train", meta)[0]
-    text = "[CLS] The cat. the Cat. [SEP]"
-    text = text.lower().replace("cls", "CLS").replace("sep", "SEP") if lower else text
-    assert decode(meta, row) == text
+    assert decode(meta, row) == "[CLS] The cat. the Cat. [SEP]"
     assert encoder(meta)(decode(meta, row)) == row.tolist()
 
 
@@ -1481,7 +1482,11 @@ def test_evaluate_samples(letters, judge):
 
 
 def test_evaluate_sentences(work):
-    """Sentences in a file are scored exactly; short ones are padded to the model's length."""
+    """Sentences in a file are scored exactly; short ones are padded, long ones are wrong."""
+    longest = "these farmers behind the bridge eat a sweet apple . apple"
+    (work / "lines.txt").write_text(longest + "\n")
+    found, _ = evaluated(work, "--samples", "lines.txt", "--data", "data/grammar")
+    assert found["results"][-1]["grammatical"] == 0
     good = "this king reads the book ."
     (work / "lines.txt").write_text(f"{good}\nthis kings reads the book .\nthe the the\n{good}\n")
     found, _ = evaluated(work, "--samples", "lines.txt", "--data", "data/grammar")
@@ -1537,8 +1542,8 @@ MISTAKES = [
     ("distill.py --data grammar --loss psd --stage1-checkpoint trained", "--loss dmd"),
     ("distill.py --data grammar --loss psd --critic-lr 1e-3", "--loss dmd"),
     (
-        "distill.py --data grammar --loss dmd --checkpoint guided --stage1-checkpoint trained",
-        "that guided was distilled from",
+        "distill.py --data grammar --loss dmd --checkpoint map --stage1-checkpoint any",
+        "that map was distilled from",
     ),
     ("sample.py --checkpoint trained --output x.txt", ".jsonl"),
     ("sample.py --checkpoint trained --prompt some", "--context"),
@@ -1555,10 +1560,13 @@ MISTAKES = [
     ("evaluate.py --checkpoint trained --data high", "token 999"),
     ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --samples half.jsonl", "line 1"),
+    ("evaluate.py --samples lines.jsonl --data grammar", "--samples lines.jsonl"),
+    ("distill.py --data grammar --loss dmd --checkpoint trained --stage1-checkpoint any", "itself"),
     ("evaluate.py --samples list.json", "found .json"),
     ("evaluate.py --checkpoint nowhere", "nowhere cannot be read"),
     ("sample.py --checkpoint any --prompt some --guidance nan", "--guidance"),
-    ("distill.py --data grammar --loss dmd --checkpoint guided", "--stage1-checkpoint"),
+    ("distill.py --data grammar --loss dmd --checkpoint map", "--stage1-checkpoint"),
+    ("distill.py --data grammar --loss dmd --checkpoint guided", "guidance"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
 ]
@@ -1584,6 +1592,10 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "listed/meta.json").write_text("[]")
     (folder / "empty/meta.json").write_text(json.dumps(meta | {"train_rows": 0}))
     (folder / "empty/train.bin").write_bytes(b"")
+    shutil.copytree(folder / "trained", folder / "gone")
+    flags = ["--data", "grammar", "--checkpoint", "gone", "--out", "map", "--steps", 1]
+    python("distill.py", "--loss", "psd", *RUN, *flags, cwd=folder)
+    shutil.rmtree(folder / "gone")
     flags = ["--data", "grammar", "--out", "joint", "--steps", 1]
     program, *joint = STAGES["joint"]
     python(program, *joint, *RUN, *flags, cwd=folder)

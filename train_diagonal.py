@@ -66,13 +66,11 @@ from prepare_data import (
     amount,
     below_one,
     fraction,
-    hold,
     natural,
     positive,
     read_meta,
     read_rows,
     real,
-    release,
     same_tokens,
     say,
 )
@@ -282,7 +280,7 @@ def train(args, ranks, model, ema, objective, meta, critic=None):
     ranks: from `start_ranks`. ema: a copy of the model, which becomes its moving average. critic: a
     second network that the objective trains (distill.py --loss dmd). It has a learning rate and
     clipping of its own, and Adam's first decay is then 0 for both. Resuming changes no number.
-    SIGTERM and SIGINT save and end the run after the current step.
+    SIGTERM and SIGINT save and end the run after the current step, with exit code 143.
     """
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
@@ -303,7 +301,6 @@ def train(args, ranks, model, ema, objective, meta, critic=None):
     start = restore(args, saved, meta) if args.resume else 0
     check_ranks_agree(start, meta, args)
     if rank == 0:
-        lock = hold_run(args.out)
         write_config(args, start)
     for network in trained:
         network.activation_checkpointing = args.activation_checkpointing
@@ -386,8 +383,8 @@ def train(args, ranks, model, ema, objective, meta, critic=None):
     any_rank(False)  # no rank leaves before rank 0 has written
     reader.shutdown()
     log.bar.close()
-    if rank == 0:
-        release(lock)
+    if done < args.steps:
+        raise SystemExit(128 + signal.SIGTERM)  # not finished: `train && distill` ends here
 
 
 def catch_signals():
@@ -499,7 +496,8 @@ class Log:
         """Print a line, above the progress bar, from rank 0."""
         if self.rank == 0:
             self.bar.clear()
-            say(text)
+            with contextlib.suppress(SystemExit):  # stdout may be on a full disk
+                say(text)
             self.bar.refresh()
 
 
@@ -571,6 +569,8 @@ def restore(args, saved, meta):
         if key not in MAY_CHANGE and was.get(key) != now.get(key):
             found = f"{args.out} was trained with {key} {was.get(key)!s:.60}"
             advice = "resume with the same flags, or name another --out"
+            if key == "stage1":
+                advice = "name the stage 1 of then, perhaps an earlier checkpoint-STEP.pt"
             raise SystemExit(f"{found}, not {now.get(key)!s:.60}; {advice}")
     if checkpoint["step"] >= args.steps:
         raise SystemExit(f"{args.out} is already at step {checkpoint['step']}; raise --steps")
@@ -580,15 +580,6 @@ def restore(args, saved, meta):
     for name, part in saved.items():
         part.load_state_dict(checkpoint[name])
     return checkpoint["step"]
-
-
-def hold_run(folder):
-    """Make a run's folder and keep other processes from writing it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return hold(folder / "lock")
-    except OSError as error:
-        raise SystemExit(f"cannot write {folder}: {error.strerror}; change --out") from None
 
 
 def expanded(arguments):
@@ -602,6 +593,10 @@ def expanded(arguments):
 
 def write_config(args, start):
     """Write config.json and flags.txt, and keep the lines up to step `start` of an old log."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot write {args.out}: {error.strerror}; change --out") from None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit()}
     flags = [flag for flag in expanded(sys.argv[1:]) if flag != "--resume"]
