@@ -23,7 +23,7 @@ demo: $(READY)
 		--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.2 --steps 500 --warmup 50 \
 		--cooldown 450 --lr 1.5e-3
 	$(BIN)/python distill.py $(FLAGS) --loss dmd --checkpoint runs/grammar-psd \
-		--steps 1200 --warmup 20 --cooldown 600
+		--steps 2000 --warmup 20 --cooldown 1000
 	$(BIN)/python evaluate.py --checkpoint $(RUNS) --nfe 1 2 4 8 64 --gamma 0 1 \
 		--num-samples 512 --batch-size 256
 	$(BIN)/python sample.py --checkpoint runs/grammar-dmd --nfe 1 4 --num-samples 3
