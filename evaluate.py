@@ -230,6 +230,8 @@ def read_samples(path, meta):
         texts = texts if texts[-1] else texts[:-1]
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
+        elif texts and all(text.startswith('{"') for text in texts):
+            raise ValueError("found lines of JSON, for which the name must end in .jsonl")
     except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
     if not texts:

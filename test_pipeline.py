@@ -1560,6 +1560,8 @@ MISTAKES = [
     ("evaluate.py --checkpoint trained --data high", "token 999"),
     ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --samples half.jsonl", "line 1"),
+    ("evaluate.py --samples lines.txt", ".jsonl"),
+    ("train_diagonal.py --data grammar --context-dropout 0.5", "--context block or any"),
     ("evaluate.py --samples lines.jsonl --data grammar", "--samples lines.jsonl"),
     ("distill.py --data grammar --loss dmd --checkpoint trained --stage1-checkpoint any", "itself"),
     ("evaluate.py --samples list.json", "found .json"),
@@ -1609,6 +1611,7 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)
+    (folder / "lines.txt").write_text('{"text": "a b"}\n')
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
     (folder / "picture.png").write_bytes(b"\x89PNG")
     return folder

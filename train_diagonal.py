@@ -744,6 +744,8 @@ def main():
     flag = first_given(args, MODEL_DEFAULTS)
     if args.init and flag:
         raise SystemExit(f"--init {args.init} has fixed {flag}: drop it, or drop --init")
+    if args.context_dropout is not None and not args.context:
+        raise SystemExit(f"--context-dropout {args.context_dropout} needs --context block or any")
     fill_in(args, **MODEL_DEFAULTS, context_dropout=0.1)
     meta = read_meta(args.data)
     check_run(args, meta["seq_len"])
