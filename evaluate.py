@@ -34,16 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prepare_data
-from model import (
-    LAST,
-    Draw,
-    commit,
-    logit_chunks,
-    lowered,
-    replacing,
-    resolve_machine,
-    weights_digest,
-)
+from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
 from prepare_data import Help, amount, decode, encoder, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
@@ -267,7 +258,8 @@ def bound_grid(model, points):
     With times per position (38) this is the r of the middle of the row.
     """
     path = model.path
-    end = torch.tensor(np.interp(LAST, model.schedule_tau, model.schedule_time))
+    last = model.times(torch.ones(1, 1, dtype=torch.float64))
+    end = last[0, last.shape[1] // 2]
     r = np.geomspace(0.05, float(path.beta(end) / path.alpha(end)), points)
     t = path.time_at(torch.from_numpy(r / (1 + r)))
     tau = np.interp(t, model.schedule_time, model.schedule_tau)

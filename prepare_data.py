@@ -477,14 +477,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def parse_args():
     """Parse the flags and fill in the source's defaults; args.settings is what shapes the data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
@@ -527,7 +519,10 @@ def parse_args():
     files = [Path(name) for name in args.source]
     if args.tokenizer == "bert":
         files += sorted(Path(args.bert).glob("*"))
-    args.settings["sha256"] = [file_sha256(path) for path in files if path.is_file()]
+    bytes_of = [
+        np.memmap(path, "u1", "r") for path in files if path.is_file() and path.stat().st_size
+    ]
+    args.settings["sha256"] = [hashlib.sha256(content).hexdigest() for content in bytes_of]
     args.out = args.out or Path("data") / args.name
     return args
 
