@@ -219,9 +219,10 @@ def read_samples(path, meta):
             raise ValueError("found .json")
         texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028 too
         texts = texts if texts[-1] else texts[:-1]
+        filled = [text for text in texts if text.strip()]
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
-        elif texts and all(text.startswith('{"') for text in texts):
+        elif filled and all(re.match(r'\s*{\s*"', text) for text in filled):
             raise ValueError("found lines of JSON, for which the name must end in .jsonl")
     except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None

@@ -170,8 +170,9 @@ def load_documents(args):
             loaded.append(datasets.load_dataset(**where))
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
             cause = error.__cause__ or error
-            if isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOSPC:
-                advice = "make room in memory, or on the disk that HF_HOME names"
+            no_room = (errno.ENOSPC, errno.EACCES, errno.EROFS)
+            if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in no_room:
+                advice = "make room in memory, and let HF_HOME name a folder that you may fill"
             raise SystemExit(f"cannot load {name!r}: {reason(cause)}; {advice}") from None
     names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
     if not names:
@@ -236,6 +237,8 @@ def prepare(args):
         partial.rename(args.out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(f"stopped; {args.out} is as it was") from None
         if not isinstance(error, OSError):
             raise
         raise SystemExit(f"cannot write {partial}: {error}; make room, or change --out") from None
@@ -410,6 +413,8 @@ def read_meta(folder):
         raise SystemExit(f"no data set at {folder}; make it: python prepare_data.py {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         meta = {}
     needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
@@ -419,7 +424,7 @@ def read_meta(folder):
 
 
 def read_rows(folder, split, meta):
-    """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if its size is not meta's."""
+    """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if it is not what meta says."""
     path = Path(folder) / f"{split}.bin"
     shape = (meta[f"{split}_rows"], meta["seq_len"])
     found = path.stat().st_size if path.is_file() else 0
@@ -428,7 +433,10 @@ def read_rows(folder, split, meta):
         raise SystemExit(f"{path}: found {found:,} bytes, expected {expected:,}; {AGAIN}")
     if not found:  # made with --val-only
         return np.zeros(shape, np.uint16)
-    return np.memmap(path, "<u2", "r", shape=shape)
+    try:
+        return np.memmap(path, "<u2", "r", shape=shape)
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
 
 
 def same_tokens(path, trained_meta, folder, meta, *more):
@@ -514,14 +522,22 @@ def parse_args():
     if args.name == "file" and not args.source:
         raise SystemExit("file needs --source: .txt, .jsonl or .parquet files, or a hub name")
     flags.update(defaults | given)
+    kinds = {Path(name).suffix for name in args.source}
+    if "documents" in given and ".txt" not in kinds:
+        raise SystemExit(f"--documents cuts .txt files, not {' '.join(args.source)}; leave it out")
+    if args.config and kinds & READERS.keys():
+        raise SystemExit("--config is for a data set on the hub, not for files; leave it out")
     more = ("limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}
     files = [Path(name) for name in args.source]
     if args.tokenizer == "bert":
         files += sorted(Path(args.bert).glob("*"))
-    bytes_of = [
-        np.memmap(path, "u1", "r") for path in files if path.is_file() and path.stat().st_size
-    ]
+    try:
+        files = [path for path in files if path.is_file() and path.stat().st_size]
+        bytes_of = [np.memmap(path, "u1", "r") for path in files]
+    except OSError as error:
+        found = f"cannot read {error.filename!s:.80}: {error.strerror}"
+        raise SystemExit(f"{found}; --source takes names of files that you may read") from None
     args.settings["sha256"] = [hashlib.sha256(content).hexdigest() for content in bytes_of]
     args.out = args.out or Path("data") / args.name
     return args

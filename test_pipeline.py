@@ -6,6 +6,7 @@ tiktoken_cache/, bert-base-uncased/vocab.txt). Without that variable they are sk
 
 import argparse
 import copy
+import errno
 import fcntl
 import functools
 import io
@@ -842,7 +843,7 @@ def test_prepare_local_files(tmp_path):
     for kind in ("txt", "jsonl", "parquet"):
         out = tmp_path / kind
         flags = ["file", "--source", f"a.{kind}", "--out", out, "--tokenizer", "char"]
-        flags += ["--documents", "line", "--seq-len", 32]
+        flags += ["--seq-len", 32] + (["--documents", "line"] if kind == "txt" else [])
         python("prepare_data.py", *flags, cwd=tmp_path)
         meta = read_meta(out)
         digests.add(json.dumps(meta["sha256"]))
@@ -1011,6 +1012,29 @@ def test_a_dying_process_ends_the_preparation(tmp_path, monkeypatch):
     flags = ["--source", "a.txt", "--documents", "line", "--workers", 2]
     done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=False)
     assert "--workers" in done.stderr
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_files_that_may_not_be_read(work, tmp_path, monkeypatch):
+    """A source, a data set or a cache without permission is one line that says which."""
+    import datasets  # after `work`: the program sets what this import reads
+
+    (tmp_path / "a.txt").write_text("some words\n" * 99)
+    prepare = ["prepare_data.py", "file", "--source", "a.txt", "--tokenizer", "char"]
+    denied = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", "a.txt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", denied)
+        assert "a.txt" in one_line(python(*prepare, cwd=tmp_path, ok=False))
+        train = ["train_diagonal.py", *RUN, "--data", "data/grammar", "--out", tmp_path / "run"]
+        assert "train.bin" in one_line(python(*train, cwd=work, ok=False))
+    monkeypatch.setattr(datasets, "load_dataset", denied)
+    assert "HF_HOME" in one_line(python(*prepare, cwd=tmp_path, ok=False))
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    """Ctrl-C ends the preparation with one line and without a trace on the disk."""
+    monkeypatch.setattr(prepare_data, "build", Mock(side_effect=KeyboardInterrupt))
+    assert "stopped" in one_line(python("prepare_data.py", "grammar", cwd=tmp_path, ok=False))
     assert not list(tmp_path.glob("data/*"))
 
 
@@ -1509,6 +1533,9 @@ MISTAKES = [
     ("prepare_data.py file --source picture.png", "picture.png"),
     ("prepare_data.py file --source lines.jsonl --tokenizer char", "--column"),
     ("prepare_data.py file --source short.txt latin.txt", "latin.txt"),
+    ("prepare_data.py file --source lines.jsonl --documents line", "--documents"),
+    ("prepare_data.py file --source short.txt --config small", "--config"),
+    (f"prepare_data.py file --source '{'all of the text ' * 20}'", "names of files"),
     ("prepare_data.py owt --source short.txt", "--val-documents"),
     ("prepare_data.py file --source upper.txt --tokenizer char --val-documents -1", "[0, inf]"),
     ("prepare_data.py grammar --seed -1", "--seed"),
@@ -1611,7 +1638,7 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)
-    (folder / "lines.txt").write_text('{"text": "a b"}\n')
+    (folder / "lines.txt").write_text('{ "text": "a b"}\n{"text": "c"}\n\n')
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
     (folder / "picture.png").write_bytes(b"\x89PNG")
     return folder
