@@ -154,14 +154,11 @@ def resamples(count, repeats=1000):
 def estimate(values):
     """(value, 95% interval) from a statistic of each row of `resamples`, the first being all data.
 
-    (None, None) if the value is NaN; the interval is None if over 5% of the replicates are.
+    (None, None) if the value is NaN; the interval is None if that of any resample is.
     """
-    if not np.isfinite(values[0]):
-        return None, None
-    finite = values[1:][np.isfinite(values[1:])]
-    if len(finite) < 0.95 * len(values[1:]):
-        return float(values[0]), None
-    return float(values[0]), np.quantile(finite, [0.025, 0.975]).tolist()
+    if np.isnan(values).any():
+        return (None if np.isnan(values[0]) else float(values[0])), None
+    return float(values[0]), np.quantile(values[1:], [0.025, 0.975]).tolist()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -411,9 +408,6 @@ def table(rows):
     lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 def parse_args():

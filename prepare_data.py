@@ -407,14 +407,13 @@ def decode(meta, ids):
 def read_meta(folder):
     """Return data/NAME/meta.json as a dict; SystemExit if it is absent or damaged."""
     path = Path(folder) / "meta.json"
-    if not path.is_file():
+    if not os.access(path, os.R_OK):
         name = Path(folder).name
         command = name if name in SOURCES else f"file --source ... --out {folder}"
-        raise SystemExit(f"no data set at {folder}; make it: python prepare_data.py {command}")
+        advice = f"make it: python prepare_data.py {command}"
+        raise SystemExit(f"no readable data set at {folder}; {advice}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         meta = {}
     needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
@@ -427,16 +426,13 @@ def read_rows(folder, split, meta):
     """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if it is not what meta says."""
     path = Path(folder) / f"{split}.bin"
     shape = (meta[f"{split}_rows"], meta["seq_len"])
-    found = path.stat().st_size if path.is_file() else 0
+    found = path.stat().st_size if os.access(path, os.R_OK) else 0
     expected = 2 * shape[0] * shape[1]
     if found != expected:
-        raise SystemExit(f"{path}: found {found:,} bytes, expected {expected:,}; {AGAIN}")
+        raise SystemExit(f"{path}: can read {found:,} bytes, expected {expected:,}; {AGAIN}")
     if not found:  # made with --val-only
         return np.zeros(shape, np.uint16)
-    try:
-        return np.memmap(path, "<u2", "r", shape=shape)
-    except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
+    return np.memmap(path, "<u2", "r", shape=shape)
 
 
 def same_tokens(path, trained_meta, folder, meta, *more):

@@ -1025,6 +1025,8 @@ def test_files_that_may_not_be_read(work, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "memmap", denied)
         assert "a.txt" in one_line(python(*prepare, cwd=tmp_path, ok=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path.suffix != ".bin")
         train = ["train_diagonal.py", *RUN, "--data", "data/grammar", "--out", tmp_path / "run"]
         assert "train.bin" in one_line(python(*train, cwd=work, ok=False))
     monkeypatch.setattr(datasets, "load_dataset", denied)

@@ -269,8 +269,6 @@ def project(first, second):
 # The loop.
 
 SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
-
-
 VALIDATION = 1 << 40  # the seed of validation's noise, which no run trains with
 
 
