@@ -210,7 +210,7 @@ def json_text(number, line):
 
 def read_samples(path, meta):
     """(rows of ids, texts) from a file. Rows are None if no data set says how to tokenise."""
-    expected = "expected a .jsonl of {'text': ...}, or text with one sample a line"
+    expected = "expected a .jsonl of {'text': ...}, or UTF-8 text with one sample a line"
     try:
         if path.suffix.lower() == ".json":
             raise ValueError("found .json")

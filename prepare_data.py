@@ -444,7 +444,7 @@ def same_tokens(path, trained_meta, folder, meta, *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
             found = f"{path} has {key} {was!s:.40}, {folder} has {meta.get(key)!s:.40}"
-            raise SystemExit(f"{found}; name the data set that it was trained on with --data")
+            raise SystemExit(f"{found}; give --data of the same {key}, as it was trained on")
 
 
 # ------------------------------------------------------------------------------------------------
