@@ -1,4 +1,4 @@
-# make demo      prepare the grammar, train, distil, sample, print a table (ten minutes)
+# make demo      prepare the grammar, train, distil, sample, print a table (some ten minutes)
 # make test      the tests and the linter
 # make results [TEXT=stories.txt]    the losses side by side, three seeds (hours): results/README.md
 # Each makes its own virtual environment first. Needs Python 3.10 or newer with venv, and make.
