@@ -518,7 +518,7 @@ def load_stage1(args, meta):
     if args.guidance != 1 and not (args.context and args.context_dropout):
         raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")
     stage1 = copy.deepcopy(model)
-    args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares it
+    args.start = args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares both
     earlier = checkpoint["args"]
     of = earlier.get("stage1_checkpoint")  # only a map that was distilled has it
     if of and args.loss != "dmd":

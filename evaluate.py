@@ -212,15 +212,14 @@ def read_samples(path, meta):
     """(rows of ids, texts) from a file. Rows are None if no data set says how to tokenise."""
     expected = "expected a .jsonl of {'text': ...}, or UTF-8 text with one sample a line"
     try:
-        if path.suffix.lower() == ".json":
-            raise ValueError("found .json")
-        texts = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028 too
-        texts = texts if texts[-1] else texts[:-1]
-        filled = [text for text in texts if text.strip()]
+        if path.suffix.lower() in (".json", ".csv", ".tsv"):
+            raise ValueError(f"found {path.suffix}")
+        whole = path.read_text(encoding="utf-8-sig")
+        texts = whole.removesuffix("\n").split("\n") if whole else []  # not at U+2028
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
-        elif filled and all(re.match(r'\s*{\s*"', text) for text in filled):
-            raise ValueError("found lines of JSON, for which the name must end in .jsonl")
+        elif re.match(r"""\s*(--- \d+ NFE|\[?\s*{\s*["']|\[\s*["'])""", whole):
+            raise ValueError("found JSON, or the print-out of sample.py, whose --output is .jsonl")
     except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
     if not texts:
@@ -428,16 +427,16 @@ def parse_args():
     sampling_flags(parser, count=1024, several=True)
     parser.set_defaults(nfe=None)
     args = parser.parse_args()
+    if not args.checkpoint and not args.samples:
+        args.checkpoint = [Path("runs/owt-esd")]
+    for flag in ("nfe", "bound", "entropy"):
+        if vars(args)[flag] and not args.checkpoint:
+            raise SystemExit(f"--{flag} needs a model: name one with --checkpoint")
     if args.nfe is None:
         args.nfe = [] if args.bound else [1]
     if len(args.data) > 1 and (args.nfe or args.samples):
         raise SystemExit("several --data go with --bound, without --nfe and --samples")
     resolve_machine(args)
-    if not args.checkpoint and not args.samples:
-        args.checkpoint = [Path("runs/owt-esd")]
-    if (args.bound or args.entropy) and not args.checkpoint:
-        flag = "--bound" if args.bound else "--entropy"
-        raise SystemExit(f"{flag} needs a model: name one with --checkpoint")
     if args.entropy and (any(args.temperature) or not args.nfe):
         raise SystemExit("--entropy chooses the temperature: give --nfe, drop --temperature")
     if not args.output:

@@ -296,6 +296,10 @@ def test_matching_finds_its_stage_1(work, tmp_path):
     model_of, _, euler = sample.load_sampler(tmp_path / "dmd", "cpu")
     assert same(dict(model_of.state_dict()), saved["ema"])
     assert not euler
+    flags = [f"@{tmp_path}/dmd/flags.txt", "--steps", 3, "--resume"]
+    other = ["--checkpoint", work / "runs/grammar-diagonal"]  # the same stage 1, another start
+    assert "with start" in one_line(python("distill.py", *flags, *other, cwd=work, ok=False))
+    python("distill.py", *flags, cwd=work)
 
 
 def test_a_run_is_repeated_from_its_flags(work, tmp_path):
@@ -1590,6 +1594,11 @@ MISTAKES = [
     ("evaluate.py --samples second.jsonl", "line 2"),
     ("evaluate.py --samples half.jsonl", "line 1"),
     ("evaluate.py --samples lines.txt", ".jsonl"),
+    ("evaluate.py --samples array.txt", "found JSON"),
+    ("evaluate.py --samples dicts.txt", "found JSON"),
+    ("evaluate.py --samples printed.txt", "--output"),
+    ("evaluate.py --samples frame.csv", "found .csv"),
+    ("evaluate.py --samples short.txt --data grammar --nfe 1", "--nfe needs a model"),
     ("train_diagonal.py --data grammar --context-dropout 0.5", "--context block or any"),
     ("evaluate.py --samples lines.jsonl --data grammar", "--samples lines.jsonl"),
     ("distill.py --data grammar --loss dmd --checkpoint trained --stage1-checkpoint any", "itself"),
@@ -1637,6 +1646,10 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "second.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     (folder / "half.jsonl").write_text('{"text": "half a pair \\ud83d"}\n')
     (folder / "list.json").write_text('[{"text": "a"}]')
+    (folder / "array.txt").write_text('[\n  "a",\n  "b"\n]\n')
+    (folder / "dicts.txt").write_text("\n{'text': 'a'}\n")
+    (folder / "printed.txt").write_text("--- 1 NFE\na\n")
+    (folder / "frame.csv").write_text("text\na\n")
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
     (folder / "upper.txt").write_text("The QUICK brown fox" * 99)

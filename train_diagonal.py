@@ -567,8 +567,8 @@ def restore(args, saved, meta):
         if key not in MAY_CHANGE and was.get(key) != now.get(key):
             found = f"{args.out} was trained with {key} {was.get(key)!s:.60}"
             advice = "resume with the same flags, or name another --out"
-            if key == "stage1":
-                advice = "name the stage 1 of then, perhaps an earlier checkpoint-STEP.pt"
+            if key in ("start", "stage1"):
+                advice = "name the --checkpoint of then, perhaps an earlier checkpoint-STEP.pt"
             raise SystemExit(f"{found}, not {now.get(key)!s:.60}; {advice}")
     if checkpoint["step"] >= args.steps:
         raise SystemExit(f"{args.out} is already at step {checkpoint['step']}; raise --steps")
