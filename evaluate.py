@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import prepare_data
 from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
-from prepare_data import Help, amount, decode, encoder, positive, read_meta, read_rows, reason, say
+from prepare_data import Help, decode, encoder, number, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
 # ------------------------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def parse_args():
     add("--samples", **paths, help="samples made elsewhere: .jsonl or text (default: none)")
     add("--data", **paths, help="data sets for controls and the bound (default: as trained)")
     text = "draw tokens at the temperature that gives this entropy (nats), to compare fairly"
-    add("--entropy", type=amount, help=text)
+    add("--entropy", type=number(float, 0.01), help=text)
     text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
     add("--bound", type=positive, help=text)
     text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"

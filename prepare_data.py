@@ -178,7 +178,10 @@ def load_documents(args):
     if not names:
         found = f"{args.source[0]} has the splits {[*loaded[0]]}"
         raise SystemExit(f"{found}, expected train, validation or test")
-    splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
+    try:
+        splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
+    except ValueError as error:
+        raise SystemExit(f"--source has files of different columns: {reason(error)}") from None
     kinds = {name: getattr(kind, "dtype", kind) for name, kind in splits[0].features.items()}
     if kinds.get(args.column) not in ("string", "large_string"):
         raise SystemExit(f"no text in column {args.column!r}; --column takes one of {kinds}")
@@ -217,7 +220,7 @@ def reason(error):
 
 def prepare(args):
     """Build the data set beside its target, then rename it; return its meta.json as a dict."""
-    partial = args.out.with_name(args.out.name + ".partial")
+    partial = args.out.parent / (args.out.name + ".partial")
     for folder in (args.out, partial):
         refuse_others(folder)
     try:

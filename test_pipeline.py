@@ -642,6 +642,28 @@ def test_a_signal_saves_and_ends(work, tmp_path):
     assert_same_runs(tmp_path / "whole", parts)
 
 
+def test_two_runs_in_one_folder(work, tmp_path):
+    """The second is refused once the first has logged a step, checkpoint or not."""
+    process = train(work, tmp_path / "run", "--steps", 100_000, run=start)
+    wait_for_step(process, tmp_path / "run", 1)
+    config = (tmp_path / "run/config.json").read_text()
+    done = train(work, tmp_path / "run", "--steps", 1, "--seed", 1, ok=False)
+    assert "holds a run" in one_line(done)
+    assert (tmp_path / "run/config.json").read_text() == config
+    process.kill()
+    process.wait()
+
+
+def test_variables_of_a_cluster(work, tmp_path, monkeypatch):
+    """WORLD_SIZE or RANK without what torchrun sets beside them mean nothing."""
+    train(work, tmp_path / "plain", "--steps", 1)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            train(work, tmp_path / name, "--steps", 1)
+        assert_same_runs(tmp_path / "plain", tmp_path / name)
+
+
 def test_a_second_signal_ends_at_once():
     """The first signal is noted; the second kills, whatever the step is doing."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1598,6 +1620,9 @@ MISTAKES = [
     ("evaluate.py --samples dicts.txt", "found JSON"),
     ("evaluate.py --samples printed.txt", "--output"),
     ("evaluate.py --samples frame.csv", "found .csv"),
+    ("evaluate.py --checkpoint trained --entropy 0 --nfe 1", "--entropy"),
+    ("prepare_data.py grammar --out /", "mount point"),
+    ("prepare_data.py file --source typed.jsonl other.jsonl --tokenizer char", "columns"),
     ("evaluate.py --samples short.txt --data grammar --nfe 1", "--nfe needs a model"),
     ("train_diagonal.py --data grammar --context-dropout 0.5", "--context block or any"),
     ("evaluate.py --samples lines.jsonl --data grammar", "--samples lines.jsonl"),
@@ -1649,6 +1674,8 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "array.txt").write_text('[\n  "a",\n  "b"\n]\n')
     (folder / "dicts.txt").write_text("\n{'text': 'a'}\n")
     (folder / "printed.txt").write_text("--- 1 NFE\na\n")
+    (folder / "typed.jsonl").write_text('{"text": "a", "id": 1}\n')
+    (folder / "other.jsonl").write_text('{"text": "a", "id": "b"}\n')
     (folder / "frame.csv").write_text("text\na\n")
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")

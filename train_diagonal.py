@@ -692,6 +692,9 @@ def parse_training_args(parser):
     """Parse, and fill in the defaults that depend on the machine."""
     args = parser.parse_args()
     resolve_machine(args)
+    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():  # one process, whatever a cluster has set
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     if args.compile is None:
         args.compile = args.device == "cuda"
     if args.micro_batch is None:  # the largest divisor of this rank's rows, up to 64
@@ -702,9 +705,9 @@ def parse_training_args(parser):
 
 def check_run(args, seq_len):
     """SystemExit for flags that contradict each other, the data, or a finished run."""
-    found = checkpoints(args.out)
-    if found and not args.resume:
-        raise SystemExit(f"{found[0]} exists: continue with --resume, or name another --out")
+    log = args.out / "log.jsonl"
+    if not args.resume and (checkpoints(args.out) or (log.exists() and log.stat().st_size)):
+        raise SystemExit(f"{args.out} holds a run: continue with --resume, or name another --out")
     size = args.block_size
     if size and not args.context:
         raise SystemExit(f"--block-size {size} needs --context block or any")
