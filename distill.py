@@ -6,8 +6,8 @@
     python distill.py --loss esd --joint            # both losses at once, from scratch
     python distill.py --loss dmd --checkpoint runs/owt-psd    # then match the law of its samples
 
-Writes runs/DATA-LOSS/. Half of the rows go on learning the diagonal (21). The others learn one
-identity of the mean denoiser, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by its residual:
+Writes runs/DATA-LOSS/. Half of the rows (under dmd none) go on learning the diagonal (21). The
+others learn one identity, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by its residual:
 
     psd   semigroup     psi_st = omega psi_su + (1 - omega) psi_ut(X_su)            (23, 64)
     lsd   Lagrangian    psi_st = softmax(z_tt(X_st) - log(1 + C delta))             (24, 29)
@@ -547,7 +547,8 @@ def load_stage1(args, meta):
 def main():
     parser = train_diagonal.new_parser("distill.py", __doc__)
     distillation_flags(parser)
-    train_diagonal.training_flags(parser, steps=None)
+    text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
+    train_diagonal.training_flags(parser, None, text)
     train_diagonal.context_flags(parser)
     train_diagonal.model_flags(parser)
     args = train_diagonal.parse_training_args(parser)

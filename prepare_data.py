@@ -5,7 +5,7 @@
     python prepare_data.py lm1b                     # the paper's LM1B: bert-base-uncased, L = 128
     python prepare_data.py text8                    # 27 characters, L = 256
     python prepare_data.py file --source my.txt     # .txt, .jsonl or .parquet: GPT-2 BPE, L = 128
-    python prepare_data.py file --source Salesforce/wikitext --config wikitext-103-raw-v1 \
+    python prepare_data.py file --source Salesforce/wikitext --config wikitext-103-raw-v1 \\
         --val-only --seq-len 1024 --out data/wikitext    # to bound its likelihood
 
 Reads a data set from the hub, or local files, and writes a folder:

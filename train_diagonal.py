@@ -5,7 +5,7 @@
         --batch-size 128                                        # minutes on a CPU
     python train_diagonal.py @runs/NAME/flags.txt --out runs/again    # repeat a run
 
-Reads data/DATA, made by prepare_data.py. Writes runs/DATA-diagonal/: config.json (flags, command
+Reads a folder made by prepare_data.py. Writes runs/DATA-diagonal/: config.json (flags, command
 line, versions), flags.txt, log.jsonl (one object a line) and checkpoint-STEP.pt.
 
 The objective comes first, then the one training loop, which distill.py uses with another objective:
@@ -620,12 +620,12 @@ def new_parser(prog, doc):
     return argparse.ArgumentParser(prog=prog, description=doc, **style)
 
 
-def training_flags(parser, steps):
+def training_flags(parser, steps, steps_help="optimizer steps"):
     """The flags that both stages share."""
     add = parser.add_argument_group("training").add_argument
     add("--data", type=Path, default=Path("data/owt"), help="data set made by prepare_data.py")
-    add("--out", type=Path, help="folder to write (default: runs/DATA-STAGE)")
-    add("--steps", type=positive, default=steps, help="optimizer steps")
+    add("--out", type=Path, help="folder to write (default: runs/DATA-diagonal or -LOSS)")
+    add("--steps", type=positive, default=steps, help=steps_help)
     add("--batch-size", type=positive, default=512, help="rows a step, over all ranks")
     add("--micro-batch", type=positive, help="rows a rank takes at once (default: at most 64)")
     add("--lr", type=amount, default=3e-4, help="learning rate of Adam")
