@@ -154,10 +154,10 @@ def resamples(count, repeats=1000):
 def estimate(values):
     """(value, 95% interval) from a statistic of each row of `resamples`, the first being all data.
 
-    (None, None) if the value is NaN; the interval is None if that of any resample is.
+    (None, None) if the value is not finite; the interval is None if that of a resample is not.
     """
-    if np.isnan(values).any():
-        return (None if np.isnan(values[0]) else float(values[0])), None
+    if not np.isfinite(values).all():
+        return (float(values[0]) if np.isfinite(values[0]) else None), None
     return float(values[0]), np.quantile(values[1:], [0.025, 0.975]).tolist()
 
 

@@ -521,14 +521,14 @@ def parse_args():
     if args.name == "file" and not args.source:
         raise SystemExit("file needs --source: .txt, .jsonl or .parquet files, or a hub name")
     flags.update(defaults | given)
-    kinds = {Path(name).suffix for name in args.source}
+    files = [Path(name) for name in args.source]
+    kinds = {path.suffix for path in files}
     if "documents" in given and ".txt" not in kinds:
         raise SystemExit(f"--documents cuts .txt files, not {' '.join(args.source)}; leave it out")
     if args.config and kinds & READERS.keys():
         raise SystemExit("--config is for a data set on the hub, not for files; leave it out")
     more = ("limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}
-    files = [Path(name) for name in args.source]
     if args.tokenizer == "bert":
         files += sorted(Path(args.bert).glob("*"))
     try:

@@ -707,7 +707,7 @@ def check_run(args, seq_len):
     """SystemExit for flags that contradict each other, the data, or a finished run."""
     log = args.out / "log.jsonl"
     if not args.resume and (checkpoints(args.out) or (log.exists() and log.stat().st_size)):
-        raise SystemExit(f"{args.out} holds a run: continue with --resume, or name another --out")
+        raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
     size = args.block_size
     if size and not args.context:
         raise SystemExit(f"--block-size {size} needs --context block or any")

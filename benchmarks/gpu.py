@@ -82,6 +82,8 @@ class Runner:
         """As `run` for a training program, whose log is kept: its lines, a list of dicts."""
         folder = self.runs / name
         resume = "--resume" if checkpointed(folder) else ""
+        if not resume:  # what an earlier try has left cannot be continued
+            shutil.rmtree(folder, ignore_errors=True)
         self.run(name, f"{command} --out {folder} {resume}", **how)
         log = folder / "log.jsonl"
         if log.exists():

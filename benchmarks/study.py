@@ -14,6 +14,7 @@ the temperature that gives an equal one.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,8 @@ def train(study, folder, seed, name):
         if checkpoint["step"] >= checkpoint["args"]["steps"]:
             return
         more.append("--resume")
+    else:  # what an earlier try has left cannot be continued
+        shutil.rmtree(out, ignore_errors=True)
     if name in STAGE1:
         program("train_diagonal.py", f"{study['both']} {study['stage1']} {STAGE1[name]}", *more)
         return
