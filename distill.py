@@ -32,7 +32,6 @@ import torch
 import train_diagonal
 from model import (
     Divergence,
-    entropy,
     head_loss,
     load_model,
     logit_chunks,
@@ -41,7 +40,7 @@ from model import (
     weights_digest,
     wide,
 )
-from prepare_data import amount, fraction, read_meta, real, same_tokens
+from prepare_data import amount, fraction, new_parser, read_meta, real, same_tokens
 from train_diagonal import by_context, diagonal, fill_in, first_given
 
 # ------------------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def per_row(value, y):
 def kl(z, q):
     """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
     log_p = z.log_softmax(-1)
-    H = entropy(q)
+    H = torch.special.entr(q).sum(-1)
     loss = -H - torch.linalg.vecdot(q, log_p)
     g = log_p.exp_().sub_(q)
     distance = torch.linalg.vector_norm(g, dim=-1)
@@ -204,7 +203,8 @@ def square(z, q):
     d = p - q
     distance = torch.linalg.vector_norm(d, dim=-1)
     g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
-    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(q)}, g
+    H = torch.special.entr(q).sum(-1)
+    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": H}, g
 
 
 DIVERGENCES = {"kl": kl, "square": square}
@@ -231,8 +231,8 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
     psi = softmax(z_teacher)
     g = a * (psi_st - psi) + b * psi_st * delta
     distance = torch.linalg.vector_norm(g, dim=-1)
-    loss = distance.square() / 2
-    return {"loss": loss, "distance": distance, "teacher_entropy": entropy(psi)}, g
+    H = torch.special.entr(psi).sum(-1)
+    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": H}, g
 
 
 # ------------------------------------------------------------------------------------------------
@@ -481,8 +481,7 @@ def distillation_flags(parser):
     """The flags of stage 2 alone."""
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("distillation").add_argument
-    text = "the identity to learn, or dmd to match distributions"
-    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help=text)
+    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help="the identity to learn, or dmd")
     text = "checkpoint or run to start from: stage 1, or with dmd also a map (default: runs/DATA-"
     add("--checkpoint", type=Path, help=text + "diagonal)")
     text = "of dmd: the stage 1 of --checkpoint (default: the one it was distilled from)"
@@ -492,13 +491,11 @@ def distillation_flags(parser):
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--target", choices=["logit", "signed"], help=text)
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
-    text = "share of rows on the diagonal (default: 0.5; dmd 0)"
-    add("--diagonal-share", type=fraction, help=text)
+    add("--diagonal-share", type=fraction, help="share of diagonal rows (default: 0.5; dmd 0)")
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
     text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
     add("--psd-share", type=fraction, default=0.0, help=text)
-    text = "share of jumps from noise to data (default: 1/32; dmd 1)"
-    add("--boundary", type=fraction, help=text)
+    add("--boundary", type=fraction, help="share of noise-to-data jumps (default: 1/32; dmd 1)")
     add("--consistency-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
     add("--surgery", action=yes_no, help="project conflicting gradients (default: with psd)")
@@ -545,7 +542,7 @@ def load_stage1(args, meta):
 
 
 def main():
-    parser = train_diagonal.new_parser("distill.py", __doc__)
+    parser = new_parser(__doc__, fromfile_prefix_chars="@")
     distillation_flags(parser)
     text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
     train_diagonal.training_flags(parser, None, text)
@@ -573,8 +570,7 @@ def main():
         if args.compile:
             stage1.compile_parts(dynamic=bool(args.context))
     objective = distillation(args, stage1, critic)
-    ema = copy.deepcopy(model)
-    train_diagonal.train(args, ranks, model, ema, objective, meta, critic)
+    train_diagonal.train(args, ranks, model, objective, meta, critic)
 
 
 if __name__ == "__main__":

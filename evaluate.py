@@ -18,7 +18,6 @@ copied from training rows, and speed. Intervals are 95%, by bootstrap over sampl
 checkpoint file evaluation-NAME.json) and prints the tables in Markdown.
 """
 
-import argparse
 import bisect
 import functools
 import itertools
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import prepare_data
 from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
-from prepare_data import Help, decode, encoder, number, positive, read_meta, read_rows, reason, say
+from prepare_data import decode, encoder, number, positive, read_meta, read_rows, reason, say
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
 # ------------------------------------------------------------------------------------------------
@@ -263,14 +262,6 @@ def bound_grid(model, points):
     return model.times(torch.from_numpy(np.append(0, tau))[:, None])
 
 
-def whitening(model):
-    """R^{-1} (D, rank) of `likelihood_bound`, by eigenvectors: any root gives the same norms."""
-    factor = model.noise_factor().detach().cpu().double()
-    values, vectors = torch.linalg.eigh(factor.T @ factor)
-    kept = values > 1e-9 * values[-1]  # leave out what W does not span
-    return (vectors[:, kept] * values[kept] ** -0.5).to(model.head)
-
-
 @torch.no_grad()
 def likelihood_bound(model, tokens, seed, batch_size, points=64):
     """An upper bound on -log p(x1) in nats, from the diagonal alone, by I-MMSE (Guo et al. 2005).
@@ -286,24 +277,23 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     Each r has fresh noise, xi and -xi. The integral is the trapezoid rule in log r; below the first
     r the error is taken constant. With times per position (38) each position has its own r.
 
-    tokens: (N, L). Returns (r (K,) of the middle position, cross-entropy (K, N), bound (K, N)) for
-    K = points values of r*: the smallest mean over rows is the one to report.
+    tokens: (N, L). Returns (r (K,) of the middle position, bound (K, N)) for K = points values of
+    r*: the smallest mean over rows is the one to report.
     """
     t = bound_grid(model, points)
     r = (model.path.beta(t) / model.path.alpha(t))[:, None]  # (K + 1, 1, 1 or L)
-    whiten = whitening(model)
+    factor = model.noise_factor().cpu().double()
+    whiten = torch.linalg.pinv(factor, rtol=3e-5).to(model.head)  # 0 on what W does not span
     device = model.head.device
-    dtype = whiten.dtype
-    cross_entropy = np.zeros((points, len(tokens)))
-    integral = np.zeros_like(cross_entropy)
+    bound = np.zeros((points, len(tokens)))
     starts = range(0, len(tokens), batch_size)
     for first in tqdm(starts, desc="bound", unit="batch", leave=False, disable=None):
         index = np.arange(first, min(first + batch_size, len(tokens)))
         x1 = torch.from_numpy(tokens[index].astype(np.int64)).to(device)
         errors = []
-        for k, now in enumerate(t.to(device, dtype)):
+        for k, now in enumerate(t.to(whiten)):
             now = now.expand(len(index), -1)
-            xi = Draw(seed, k, index, device).normal(x1.shape[1], model.noise_size).to(dtype)
+            xi = Draw(seed, k, index, device).normal(x1.shape[1], model.noise_size).to(whiten)
             states = [model.interpolate(noise, x1, now) for noise in (xi, -xi)]
             a, b = (diagonal_errors(model, model(y, now, now), x1, whiten) for y in states)
             errors.append((a + b).cpu().double() / 2)
@@ -311,10 +301,9 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
         area = r**2 * error  # the integrand in log r
         steps = (area[2:] + area[1:-1]) / 2 * (r[2:] / r[1:-1]).log()
         below = r[1] ** 2 * error[:1] / 2  # from r = 0 to the first value
-        integral[:, index] = torch.cat([below, steps]).cumsum(0).sum(-1).numpy()
-        cross_entropy[:, index] = ce[1:].sum(-1).numpy()
-    middle = r[1:, 0, r.shape[2] // 2].numpy()
-    return middle, cross_entropy, cross_entropy + integral
+        integral = torch.cat([below, steps]).cumsum(0)
+        bound[:, index] = (ce[1:] + integral).sum(-1).numpy()
+    return r[1:, 0, r.shape[2] // 2].numpy(), bound
 
 
 def bound_row(name, folder, model, val, meta, args):
@@ -325,7 +314,7 @@ def bound_row(name, folder, model, val, meta, args):
     chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
     rows = val[np.sort(chosen)]
     tokens_per_row = meta["seq_len"] - 2 * (meta["bos_id"] is not None)
-    r, _, bound = likelihood_bound(model, rows, args.seed, args.batch_size)
+    r, bound = likelihood_bound(model, rows, args.seed, args.batch_size)
     best = bound.mean(1).argmin()
     nats = bound[best] / tokens_per_row
     row = {
@@ -410,7 +399,7 @@ def table(rows):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = prepare_data.new_parser(__doc__)
     add = parser.add_argument
     paths = dict(type=Path, nargs="+", default=[])
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
@@ -447,19 +436,12 @@ def parse_args():
     return args
 
 
-def temperature_at(target, entropy):
-    """The first temperature of 0, 0.01, ..., 2 at which entropy(temperature) reaches `target`.
-
-    2 if none does.
-    """
-    return bisect.bisect_left(range(200), target, key=lambda n: entropy(n / 100)) / 100
-
-
 def draw_at_entropy(draw, target):
-    """(temperature, ids): samples whose mean entropy is `target`, as near as `temperature_at` gets.
+    """(temperature, ids): samples whose mean entropy is `target`.
 
-    The network runs once. Only the draw of the last jump's tokens is repeated, with the same
-    uniforms, from the hidden vectors of all samples, which stay on the device.
+    The temperature is the first of 0, 0.01, ..., 2 that reaches it; 2 if none does. The network
+    runs once. Only the draw of the last jump's tokens is repeated, with the same uniforms, from the
+    hidden vectors of all samples, which stay on the device.
     """
     kept = []
 
@@ -474,7 +456,10 @@ def draw_at_entropy(draw, target):
         parts = [choose(head, hidden, temperature, uniform) for head, hidden, uniform in kept]
         return torch.cat(parts).cpu().numpy()
 
-    temperature = temperature_at(target, lambda value: entropies(redraw(value)).mean())
+    def entropy_at(n):
+        return entropies(redraw(n / 100)).mean()
+
+    temperature = bisect.bisect_left(range(200), target, key=entropy_at) / 100
     return temperature, redraw(temperature)
 
 

@@ -682,11 +682,6 @@ def head_loss(h, head, scale, divergence, c, r, compiled=False):
     return HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
 
 
-def entropy(p):
-    """-sum p log p in nats of distributions (..., V): (...)."""
-    return -torch.xlogy(p, p).sum(-1)
-
-
 # ------------------------------------------------------------------------------------------------
 # Randomness: a function of (seed, step, row of the global batch), however those rows are split.
 
@@ -741,8 +736,6 @@ class Draw:
 
 # ------------------------------------------------------------------------------------------------
 # Checkpoints: runs/NAME/checkpoint-STEP.pt, a dict of tensors and plain builtins.
-
-CHECKPOINT_KEYS = {"model", "ema", "optimizer", "step", "model_config", "meta", "args"}
 
 
 @contextlib.contextmanager
@@ -800,6 +793,7 @@ def save_checkpoint(folder, content, keep):
 def read_checkpoint(path):
     """A checkpoint's dict, on the CPU; of a run's folder, the newest one that can be read."""
     path = Path(path)
+    needed = {"model", "ema", "optimizer", "step", "model_config", "meta", "args"}
     reasons = []
     for candidate in checkpoints(path) if path.is_dir() else [path]:
         try:
@@ -807,7 +801,7 @@ def read_checkpoint(path):
                 if damaged := archive.testzip():  # torch.load does not compare checksums
                     raise ValueError(f"{damaged} in it does not match its checksum")
             checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
-            if missing := CHECKPOINT_KEYS - checkpoint.keys():
+            if missing := needed - checkpoint.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -826,12 +820,8 @@ def load_model(path, device="cpu", **changes):
     changes: entries of its `ModelConfig` to replace that no weight depends on, such as seq_len.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
-        model.load_state_dict(checkpoint["ema"], strict=True)
-    except (TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"{path} does not fit its own model_config: {reason}") from None
+    model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
+    model.load_state_dict(checkpoint["ema"], strict=True)
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
@@ -861,9 +851,7 @@ def machine_flags(parser):
 
 def resolve_machine(args):
     """Fill in the defaults of `machine_flags`; SystemExit if the device is absent."""
-    cuda = torch.cuda.is_available()
-    available = {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
-    args.device = args.device or ("cuda" if cuda else "cpu")
-    if not available[args.device]:
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.get_device_module(args.device).is_available():
         raise SystemExit(f"--device {args.device}: not available here; try --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")

@@ -238,14 +238,12 @@ def prepare(args):
         refuse_others(args.out)  # again: building can take hours
         shutil.rmtree(args.out, ignore_errors=True)
         partial.rename(args.out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(f"stopped; {args.out} is as it was") from None
-        if not isinstance(error, OSError):
-            raise
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; {args.out} is as it was") from None
+    except OSError as error:
         raise SystemExit(f"cannot write {partial}: {error}; make room, or change --out") from None
     finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
         os.close(lock)
     return meta
 
@@ -484,9 +482,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
+def new_parser(doc, **more):
+    """The parser of every program."""
+    more |= dict(formatter_class=Help, allow_abbrev=False)
+    return argparse.ArgumentParser(description=doc, **more)
+
+
 def parse_args():
     """Parse the flags and fill in the source's defaults; args.settings is what shapes the data."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("name", choices=list(SOURCES), help="what to prepare")
     add("--out", type=Path, metavar="DIR", help="folder to write (default: data/NAME)")

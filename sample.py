@@ -10,7 +10,6 @@ Prints the text and, with --output, writes it as JSON, one {"text": ...} a line.
 the embedding: y of shape (B, L, D), not (B, L, V).
 """
 
-import argparse
 import functools
 import json
 import os
@@ -30,7 +29,7 @@ from model import (
     resolve_machine,
     softmax,
 )
-from prepare_data import Help, amount, decode, encoder, fraction, natural, positive, real, say
+from prepare_data import amount, decode, encoder, fraction, natural, new_parser, positive, real, say
 
 # ------------------------------------------------------------------------------------------------
 # The sampler.
@@ -281,7 +280,7 @@ def check_output(flag, path, suffix):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
     add("--output", type=Path, help="a .jsonl to write; NAME-NFE.jsonl if several --nfe")

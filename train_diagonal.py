@@ -21,7 +21,6 @@ import atexit
 import contextlib
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -62,11 +61,11 @@ from model import (
     save_checkpoint,
 )
 from prepare_data import (
-    Help,
     amount,
     below_one,
     fraction,
     natural,
+    new_parser,
     positive,
     read_meta,
     read_rows,
@@ -248,8 +247,7 @@ def average(tensors):
         flat = torch.cat([t.flatten() for t in tensors])  # one message, not one per parameter
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        parts = flat.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+        torch.nn.utils.vector_to_parameters(flat, tensors)
     return tensors
 
 
@@ -272,20 +270,20 @@ SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run toler
 VALIDATION = 1 << 40  # the seed of validation's noise, which no run trains with
 
 
-def train(args, ranks, model, ema, objective, meta, critic=None):
+def train(args, ranks, model, objective, meta, critic=None):
     """Train `model` on args.data by `objective` up to args.steps steps, and write args.out.
 
-    ranks: from `start_ranks`. ema: a copy of the model, which becomes its moving average. critic: a
-    second network that the objective trains (distill.py --loss dmd). It has a learning rate and
-    clipping of its own, and Adam's first decay is then 0 for both. Resuming changes no number.
-    SIGTERM and SIGINT save and end the run after the current step, with exit code 143.
+    ranks: from `start_ranks`. critic: a second network that the objective trains (distill.py --loss
+    dmd). It has a learning rate and clipping of its own, and Adam's first decay is then 0 for both.
+    Resuming changes no number. SIGTERM and SIGINT save and end the run after the current step, with
+    exit code 143.
     """
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
     if not len(data["train"]):
         raise SystemExit(f"{args.data} has no training rows: it was made with --val-only")
     model.to(device)
-    ema.to(device).requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False)  # the moving average
     saved = {"model": model, "ema": ema}
     trained = {model: args.lr}
     if critic:
@@ -474,9 +472,8 @@ class Log:
         shown = ("diagonal", "consistency", "matching", "critic_kl", "clamped", "skipped")
         shown += ("val_", "tokens")
         numbers = [f"{k} {v:,.4g}" for k, v in line.items() if k.startswith(shown)]
-        hours = (self.args.steps - done) * line["seconds_per_step"] / 3600
-        left = f"{hours:,.1f} h left" if hours >= 1 else f"{60 * hours:.0f} min left"
-        self.say(f"step {done:,}/{self.args.steps:,}  " + "  ".join([*numbers, left]))
+        left = tqdm.format_interval((self.args.steps - done) * line["seconds_per_step"])
+        self.say("  ".join([f"step {done:,}/{self.args.steps:,}", *numbers, f"{left} left"]))
 
     def speed(self):
         """Seconds a step since `reset`, compilation included, tokens a second and peak memory."""
@@ -547,11 +544,9 @@ def check_ranks_agree(step, meta, args):
         return
     folders = ("data", "out", "checkpoint", "stage1_checkpoint")  # may be mounted elsewhere
     flags = {key: value for key, value in plain(args).items() if key not in folders}
-    text = repr((step, meta["sha256"], flags))
-    digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-    total = torch.tensor(digest, dtype=torch.int64)
-    dist.all_reduce(total)
-    if total != digest * dist.get_world_size():
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (step, meta["sha256"], flags))
+    if any(rank != ranks[0] for rank in ranks):
         raise SystemExit("the ranks differ in flags, data or step; give all the same, shared files")
 
 
@@ -612,12 +607,6 @@ def write_config(args, start):
 
 # ------------------------------------------------------------------------------------------------
 # Flags.
-
-
-def new_parser(prog, doc):
-    """A parser that takes @FILE for flags from a file, one argument a line."""
-    style = dict(formatter_class=Help, allow_abbrev=False, fromfile_prefix_chars="@")
-    return argparse.ArgumentParser(prog=prog, description=doc, **style)
 
 
 def training_flags(parser, steps, steps_help="optimizer steps"):
@@ -718,8 +707,7 @@ def check_run(args, seq_len):
 def new_model(args, meta):
     """A network from scratch, by the flags of `model_flags` and args.seed."""
     torch.manual_seed(args.seed)
-    names = ("interpolant", "schedule", "schedule_blend", "position_lag")
-    path = {name: getattr(args, name) for name in names}
+    path = {name: getattr(args, name) for name in MODEL_DEFAULTS if name != "size"}
     return DiT(ModelConfig(meta["vocab_size"], meta["seq_len"], **SIZES[args.size], **path))
 
 
@@ -733,7 +721,7 @@ def model_from(args, meta):
 
 
 def main():
-    parser = new_parser("train_diagonal.py", __doc__)
+    parser = new_parser(__doc__, fromfile_prefix_chars="@")  # @FILE: an argument a line
     training_flags(parser, steps=1_000_000)
     context_flags(parser)
     model_flags(parser)
@@ -756,7 +744,7 @@ def main():
     def objective(model, tokens, draw):
         return by_context(loss, [model], tokens, draw, args)
 
-    train(args, start_ranks(args), model, copy.deepcopy(model), objective, meta)
+    train(args, start_ranks(args), model, objective, meta)
 
 
 if __name__ == "__main__":
