@@ -32,6 +32,7 @@ import torch
 import train_diagonal
 from model import (
     Divergence,
+    entropy,
     head_loss,
     load_model,
     logit_chunks,
@@ -190,7 +191,7 @@ def per_row(value, y):
 def kl(z, q):
     """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
     log_p = z.log_softmax(-1)
-    H = torch.special.entr(q).sum(-1)
+    H = entropy(q)
     loss = -H - torch.linalg.vecdot(q, log_p)
     g = log_p.exp_().sub_(q)
     distance = torch.linalg.vector_norm(g, dim=-1)
@@ -203,8 +204,7 @@ def square(z, q):
     d = p - q
     distance = torch.linalg.vector_norm(d, dim=-1)
     g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
-    H = torch.special.entr(q).sum(-1)
-    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": H}, g
+    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(q)}, g
 
 
 DIVERGENCES = {"kl": kl, "square": square}
@@ -231,8 +231,8 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
     psi = softmax(z_teacher)
     g = a * (psi_st - psi) + b * psi_st * delta
     distance = torch.linalg.vector_norm(g, dim=-1)
-    H = torch.special.entr(psi).sum(-1)
-    return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": H}, g
+    loss = distance.square() / 2
+    return {"loss": loss, "distance": distance, "teacher_entropy": entropy(psi)}, g
 
 
 # ------------------------------------------------------------------------------------------------
@@ -481,7 +481,8 @@ def distillation_flags(parser):
     """The flags of stage 2 alone."""
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("distillation").add_argument
-    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help="the identity to learn, or dmd")
+    text = "the identity to learn, or dmd to match distributions"
+    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help=text)
     text = "checkpoint or run to start from: stage 1, or with dmd also a map (default: runs/DATA-"
     add("--checkpoint", type=Path, help=text + "diagonal)")
     text = "of dmd: the stage 1 of --checkpoint (default: the one it was distilled from)"

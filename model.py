@@ -682,6 +682,11 @@ def head_loss(h, head, scale, divergence, c, r, compiled=False):
     return HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
 
 
+def entropy(p):
+    """-sum p log p in nats of distributions (..., V): (...)."""
+    return -torch.xlogy(p, p).sum(-1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Randomness: a function of (seed, step, row of the global batch), however those rows are split.
 
@@ -757,8 +762,7 @@ def replacing(path, mode="w"):
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
         reason = str(error).splitlines()[0]
-        advice = "make room; a training run goes on with --resume"
-        raise SystemExit(f"cannot write {path}: {reason}; {advice}") from None
+        raise SystemExit(f"cannot write {path}: {reason}; make room, or write elsewhere") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -820,8 +824,12 @@ def load_model(path, device="cpu", **changes):
     changes: entries of its `ModelConfig` to replace that no weight depends on, such as seq_len.
     """
     checkpoint = read_checkpoint(path)
-    model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
-    model.load_state_dict(checkpoint["ema"], strict=True)
+    try:
+        model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
+        model.load_state_dict(checkpoint["ema"], strict=True)
+    except (TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"{path} does not fit its own model_config: {reason}") from None
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 

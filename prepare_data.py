@@ -171,7 +171,8 @@ def load_documents(args):
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
             cause = error.__cause__ or error
             no_room = (errno.ENOSPC, errno.EACCES, errno.EROFS)
-            if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in no_room:
+            no_memory = isinstance(cause, MemoryError) or "new thread" in str(cause)
+            if no_memory or getattr(cause, "errno", None) in no_room:
                 advice = "make room in memory, and let HF_HOME name a folder that you may fill"
             raise SystemExit(f"cannot load {name!r}: {reason(cause)}; {advice}") from None
     names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
@@ -240,6 +241,8 @@ def prepare(args):
         partial.rename(args.out)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {args.out} is as it was") from None
+    except MemoryError:
+        raise SystemExit("out of memory: free some, or lower --workers or --limit") from None
     except OSError as error:
         raise SystemExit(f"cannot write {partial}: {error}; make room, or change --out") from None
     finally:

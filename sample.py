@@ -13,6 +13,7 @@ the embedding: y of shape (B, L, D), not (B, L, V).
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,8 @@ def main():
     resolve_machine(args)
     if args.output:
         check_output("--output", args.output, ".jsonl")
+    elif getattr(sys.stdout, "name", "") == os.devnull:  # closed, as by >&-
+        raise SystemExit("stdout is closed: name an --output")
     model, checkpoint, euler = load_sampler(args.checkpoint, args.device)
     meta = checkpoint["meta"]
     check_context(args, checkpoint)

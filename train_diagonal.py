@@ -21,6 +21,7 @@ import atexit
 import contextlib
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -544,9 +545,11 @@ def check_ranks_agree(step, meta, args):
         return
     folders = ("data", "out", "checkpoint", "stage1_checkpoint")  # may be mounted elsewhere
     flags = {key: value for key, value in plain(args).items() if key not in folders}
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (step, meta["sha256"], flags))
-    if any(rank != ranks[0] for rank in ranks):
+    text = repr((step, meta["sha256"], flags))
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+    total = torch.tensor(digest, dtype=torch.int64)
+    dist.all_reduce(total)
+    if total != digest * dist.get_world_size():
         raise SystemExit("the ranks differ in flags, data or step; give all the same, shared files")
 
 
@@ -558,7 +561,7 @@ def restore(args, saved, meta):
     checkpoint = read_checkpoint(args.out)
     was = checkpoint["args"] | {"data set (sha256)": checkpoint["meta"]["sha256"]}
     now = plain(args) | {"data set (sha256)": meta["sha256"]}
-    for key in (*now, "loss"):  # stage 1 has no --loss
+    for key in ("loss", *now):  # stage 1 has no --loss
         if key not in MAY_CHANGE and was.get(key) != now.get(key):
             found = f"{args.out} was trained with {key} {was.get(key)!s:.60}"
             advice = "resume with the same flags, or name another --out"
@@ -695,8 +698,11 @@ def parse_training_args(parser):
 def check_run(args, seq_len):
     """SystemExit for flags that contradict each other, the data, or a finished run."""
     log = args.out / "log.jsonl"
-    if not args.resume and (checkpoints(args.out) or (log.exists() and log.stat().st_size)):
+    if not args.resume and checkpoints(args.out):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
+    if not args.resume and log.exists() and log.stat().st_size:
+        found = f"{args.out} holds a run that has not saved a checkpoint"
+        raise SystemExit(f"{found}: delete it, or change --out")
     size = args.block_size
     if size and not args.context:
         raise SystemExit(f"--block-size {size} needs --context block or any")
