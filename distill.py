@@ -286,17 +286,17 @@ def matching(model, critic, stage1, tokens, draw, args):
     Where V > D the network sees x through W, and d is taken whole, not projected on W's span.
     """
     B, L = tokens.shape
-    start, edge, tau = draw.uniform(3)[:, :, None].unbind(1)
-    s = torch.where(edge < args.boundary, 0.0, RENOISED * start)
-    times = [model.times(v) for v in (s, torch.ones_like(s), tau)]
-    s, t, tau = (v.float().to(tokens.device, non_blocking=True) for v in times)
+    start, edge, level = draw.uniform(3)[:, :, None].unbind(1)
+    start = torch.where(edge < args.boundary, 0.0, RENOISED * start)
+    times = (model.times(progress) for progress in (start, torch.ones_like(start), level))
+    s, t, u = (time.float().to(tokens.device, non_blocking=True) for time in times)
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
     h = model(y, s, t)
     with torch.no_grad():
         sample = model.soft_embedding(h)
-        renoised = model.interpolate(draw.normal(L, model.noise_size), sample, tau)
-        h_real = stage1(renoised, tau, tau).flatten(0, 1)
-    h_critic = critic(renoised, tau, tau).flatten(0, 1)
+        renoised = model.interpolate(draw.normal(L, model.noise_size), sample, u)
+        h_real = stage1(renoised, u, u).flatten(0, 1)
+    h_critic = critic(renoised, u, u).flatten(0, 1)
     h = h.flatten(0, 1)
     size = denoising_distance(model, h, stage1, h_real).view(B, L).mean(-1, keepdim=True)
     size = size.clamp(min=0.01).expand(B, L).flatten()

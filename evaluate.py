@@ -53,8 +53,6 @@ def load_judge(name, device):
     except Exception as error:  # hub client, tokenizer and weights each raise their own kinds
         advice = "give a folder, or a hub name and a network"
         raise SystemExit(f"--judge {name}: {reason(error)}; {advice}") from None
-    if tokenizer.eos_token_id is None:
-        raise SystemExit(f"the tokenizer of {name!r} has no EOS token, which the protocol needs")
     return judge.to(device).eval(), tokenizer
 
 

@@ -648,7 +648,7 @@ def test_two_runs_in_one_folder(work, tmp_path):
     wait_for_step(process, tmp_path / "run", 1)
     config = (tmp_path / "run/config.json").read_text()
     done = train(work, tmp_path / "run", "--steps", 1, "--seed", 1, ok=False)
-    assert "holds a run" in one_line(done)
+    assert "holds a run that has not saved a checkpoint: delete it" in one_line(done)
     assert (tmp_path / "run/config.json").read_text() == config
     process.kill()
     process.wait()
@@ -808,7 +808,7 @@ def test_a_full_disk(work, tmp_path):
     process = train(work, run, *flags, stage="psd", run=start, preexec_fn=limit)
     output = finish(process, tmp_path, codes=(1,))
     assert "Traceback" not in output
-    assert re.search(r"cannot write \S+checkpoint-4\.pt: .*--resume", output)
+    assert re.search(r"cannot write \S+checkpoint-4\.pt: .*make room", output)
     assert newest(run)["step"] == 2
     assert not list(run.glob("*.tmp"))
     train(work, run, *flags, stage="psd")
@@ -1055,14 +1055,18 @@ def test_files_that_may_not_be_read(work, tmp_path, monkeypatch):
         patch.setattr(os, "access", lambda path, mode: path.suffix != ".bin")
         train = ["train_diagonal.py", *RUN, "--data", "data/grammar", "--out", tmp_path / "run"]
         assert "train.bin" in one_line(python(*train, cwd=work, ok=False))
-    monkeypatch.setattr(datasets, "load_dataset", denied)
-    assert "HF_HOME" in one_line(python(*prepare, cwd=tmp_path, ok=False))
+    for failure in (denied, Mock(side_effect=RuntimeError("can't start new thread"))):
+        monkeypatch.setattr(datasets, "load_dataset", failure)
+        assert "memory" in one_line(python(*prepare, cwd=tmp_path, ok=False))
 
 
-def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
-    """Ctrl-C ends the preparation with one line and without a trace on the disk."""
-    monkeypatch.setattr(prepare_data, "build", Mock(side_effect=KeyboardInterrupt))
-    assert "stopped" in one_line(python("prepare_data.py", "grammar", cwd=tmp_path, ok=False))
+@pytest.mark.parametrize(
+    ("error", "expected"), [(KeyboardInterrupt, "stopped"), (MemoryError, "out of memory")]
+)
+def test_an_end_that_leaves_nothing(tmp_path, monkeypatch, error, expected):
+    """Ctrl-C or no memory ends the preparation with one line and without a trace on the disk."""
+    monkeypatch.setattr(prepare_data, "build", Mock(side_effect=error))
+    assert expected in one_line(python("prepare_data.py", "grammar", cwd=tmp_path, ok=False))
     assert not list(tmp_path.glob("data/*"))
 
 
@@ -1122,6 +1126,10 @@ def test_work_goes_on_without_standard_streams(tmp_path):
     command = [sys.executable, "-c", closed, HERE / "prepare_data.py", "grammar", "--out", "g"]
     assert subprocess.run(command, cwd=tmp_path).returncode == 0
     assert read_meta(tmp_path / "g")["train_rows"] == 50_000
+    how = dict(stderr=subprocess.PIPE, text=True, preexec_fn=functools.partial(os.close, 1))
+    done = subprocess.run([sys.executable, HERE / "sample.py"], **how)
+    assert done.returncode == 1
+    assert "--output" in done.stderr
     with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as out:
         prepare_data.say("1–2")
     assert out.buffer.getvalue() == b"1?2\n"
@@ -1570,6 +1578,7 @@ MISTAKES = [
     ("train_diagonal.py --data empty", "--val-only"),
     ("train_diagonal.py --data listed", "meta.json"),
     ("train_diagonal.py --data grammar --out joint --resume --position-lag 1", "loss esd"),
+    ("train_diagonal.py --data grammar --out map --resume --steps 9", "loss psd, not None"),
     ("distill.py --data grammar --loss esd --checkpoint guided", "is a map"),
     ("train_diagonal.py", "python prepare_data.py owt"),
     ("train_diagonal.py --data broken", "meta.json"),

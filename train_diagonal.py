@@ -248,7 +248,8 @@ def average(tensors):
         flat = torch.cat([t.flatten() for t in tensors])  # one message, not one per parameter
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        torch.nn.utils.vector_to_parameters(flat, tensors)
+        parts = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
     return tensors
 
 
