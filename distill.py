@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 distill.py --loss psd
     python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint            # both losses at once, from scratch
-    python distill.py --loss dmd --checkpoint runs/owt-psd    # then match the law of its samples
+    python distill.py --loss dmd --checkpoint runs/owt-esd    # then match the law of its samples
 
 Writes runs/DATA-LOSS/. Half of the rows (under dmd none) go on learning the diagonal (21). The
 others learn one identity, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by its residual:
@@ -115,6 +115,7 @@ def lsd(model, teacher, y, jump, args):
         X_st = model.path.flow_map(y, model.soft_embedding(h), s, t)
         h_tt = teacher(X_st, t, t)
     C = model.path.C(s, t)
+    # psi_st - psi_tt(X_st) + (C / dt) d/dt psi_st = 0
     return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / jump.dt, args)
 
 
@@ -125,7 +126,7 @@ def esd(model, teacher, y, jump, args):
         h_ss = teacher(y, s, s)
         drift = model.path.drift(y, teacher.soft_embedding(h_ss), s)  # b_s(y)
     h, dh = model.derivative(y, s, t, dy=jump.ds[..., None] * drift, ds=jump.ds)
-    # The identity times Gamma_st: finite at t = 1, where Gamma_st and kappa are 0.
+    # Gamma (psi_st - psi_ss) - (E / ds) D_s psi_st = 0: (25) times Gamma, finite at t = 1.
     Gamma = model.path.Gamma(s, t)
     E = model.path.E(s, t)
     return h, corrected(model, teacher, h_ss, dh, Gamma, -E / jump.ds, args)
@@ -159,7 +160,7 @@ def derivatives(z, h_teacher, dh, teacher_head, head):
     """The teacher's logits, psi_st and delta, (n, V) each."""
     dz = wide(dh @ head.T)
     psi_st = softmax(z)
-    delta = dz.sub_(torch.linalg.vecdot(psi_st, dz)[:, None])
+    delta = dz.sub_((psi_st * dz).sum(-1, keepdim=True))
     return wide(h_teacher @ teacher_head.T), psi_st, delta
 
 
@@ -192,7 +193,7 @@ def kl(z, q):
     """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
     log_p = z.log_softmax(-1)
     H = entropy(q)
-    loss = -H - torch.linalg.vecdot(q, log_p)
+    loss = -H - (q * log_p).sum(-1)  # autocast would round torch.linalg.vecdot to bfloat16
     g = log_p.exp_().sub_(q)
     distance = torch.linalg.vector_norm(g, dim=-1)
     return {"loss": loss, "distance": distance, "teacher_entropy": H}, g
@@ -203,7 +204,7 @@ def square(z, q):
     p = softmax(z)
     d = p - q
     distance = torch.linalg.vector_norm(d, dim=-1)
-    g = p.mul_(d - torch.linalg.vecdot(p, d)[:, None])
+    g = p.mul_(d - (p * d).sum(-1, keepdim=True))
     return {"loss": distance.square() / 2, "distance": distance, "teacher_entropy": entropy(q)}, g
 
 
@@ -257,9 +258,9 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     scale = torch.exp(-w.detach()) / (B * L)
     how = dict(c=1e-6, r=args.consistency_power, compiled=model.compiled)
     total, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, **how)
-    # `total` has no gradient on w. The first two terms here cancel in value and carry it.
-    learned = torch.exp(-w) * report.pop("weighted")
-    total = total + (learned - learned.detach() + w).mean()
+    # The network's gradient is that of `total`; the value, and the gradient on w, are these.
+    learned = (torch.exp(-w) * report.pop("weighted") + w).mean()
+    total = total - total.detach() + learned
     is_square = args.divergence == "square" or divergence.function is signed
     report["consistency_square" if is_square else "consistency_kl"] = report.pop("loss")
     return {"consistency": total}, {name: value.mean() for name, value in report.items()}
@@ -275,9 +276,10 @@ def matching(model, critic, stage1, tokens, draw, args):
     """The reverse KL between renoised one-jump samples and renoised data, and the critic's loss.
 
     The sample is the soft p = psi_s1(x_s), with s = 0 for a share args.boundary of the rows and
-    uniform progress up to RENOISED for the others. Renoised, it is y = alpha xi + beta p W. The
-    score of a law renoised like this is (beta psi W - y) / alpha^2, where psi is the posterior mean
-    of x1 under that law. So the KL's gradient on p is, up to a positive factor,
+    uniform progress up to RENOISED for the others. Renoised to time tau, of uniform progress, it is
+    y = alpha xi + beta p W. The score of a law renoised like this is (beta psi W - y) / alpha^2,
+    where psi is the posterior mean of x1 under that law. So the KL's gradient on p is, up to a
+    positive factor,
 
         d = psi_critic(y) - psi_real(y)
 
@@ -289,14 +291,14 @@ def matching(model, critic, stage1, tokens, draw, args):
     start, edge, level = draw.uniform(3)[:, :, None].unbind(1)
     start = torch.where(edge < args.boundary, 0.0, RENOISED * start)
     times = (model.times(progress) for progress in (start, torch.ones_like(start), level))
-    s, t, u = (time.float().to(tokens.device, non_blocking=True) for time in times)
+    s, t, tau = (time.float().to(tokens.device, non_blocking=True) for time in times)
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, s)
     h = model(y, s, t)
     with torch.no_grad():
         sample = model.soft_embedding(h)
-        renoised = model.interpolate(draw.normal(L, model.noise_size), sample, u)
-        h_real = stage1(renoised, u, u).flatten(0, 1)
-    h_critic = critic(renoised, u, u).flatten(0, 1)
+        renoised = model.interpolate(draw.normal(L, model.noise_size), sample, tau)
+        h_real = stage1(renoised, tau, tau).flatten(0, 1)
+    h_critic = critic(renoised, tau, tau).flatten(0, 1)
     h = h.flatten(0, 1)
     size = denoising_distance(model, h, stage1, h_real).view(B, L).mean(-1, keepdim=True)
     size = size.clamp(min=0.01).expand(B, L).flatten()
@@ -326,7 +328,7 @@ def denoisers_apart(z, h_real, h_critic, real_head, critic_head):
     """<sg[d], p> for p = softmax(z), d = psi_critic - psi_real; the gradient is p (d - <p, d>)."""
     d = softmax(h_critic @ critic_head.T) - softmax(h_real @ real_head.T)
     p = softmax(z)
-    loss = torch.linalg.vecdot(p, d)
+    loss = (p * d).sum(-1)
     return {"loss": loss, "distance": torch.linalg.vector_norm(d, dim=-1)}, p * (d - loss[:, None])
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import prepare_data
 from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
-from prepare_data import decode, encoder, number, positive, read_meta, read_rows, reason, say
+from prepare_data import decode, encoder, number, positive, read_meta, read_rows, reason, say, utf8
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def control_rows(meta, train, val, count, seed):
 def json_text(number, line):
     """The text of a line {"text": ...}; ValueError if there is none."""
     try:
-        return json.loads(line)["text"].encode().decode()  # a string of whole characters
+        return utf8(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"line {number} has no string at the key 'text': {line:.40}") from None
 

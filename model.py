@@ -149,7 +149,7 @@ def lagged(tau, lag, L):
     """tau_l and d tau_l / d tau (n, L) of each position when the row's progress is tau (n, 1) (38).
 
     Our choice: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2). Earlier positions go first, all
-    start at 0 and end at 1 together, and the rate stays within exp(+-lag/2).
+    start at 0 and, up to `LAST`, end at 1 together; the rate stays within exp(+-lag/2).
     """
     odds = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))  # tau's over tau_l's
     denominator = tau + (1 - tau) * odds
@@ -457,7 +457,9 @@ class DiT(nn.Module):
             half = W.T @ W.detach()  # W^T W is symmetric: differentiate one factor, and double
             gram = 2 * half - half.detach()
             jitter = 1e-6 * gram.diagonal().mean().detach()  # moves R by a few float32 roundings
-            return torch.linalg.cholesky(gram + jitter.expand(len(gram)).diag()).T
+            # Unlike cholesky, cholesky_ex does not wait for the GPU to see whether it has failed.
+            L, failed = torch.linalg.cholesky_ex(gram + jitter.expand(len(gram)).diag())
+            return L.T.masked_fill(failed > 0, math.nan)
 
     def hold_noise(self):
         """Compute the noise factor once, for as long as W does not change."""
@@ -513,10 +515,12 @@ class DiT(nn.Module):
     def compile_parts(self, dynamic=False):
         """torch.compile the blocks and the losses. dynamic: for sizes that change (--context)."""
         self.compiled = "dynamic" if dynamic else "static"
-        if dynamic:  # each mix of context, gradient, tangent and size-1 dimensions is a version
-            torch._dynamo.config.recompile_limit = 64
+        # Each mix of network, gradient, batch, context and size-1 dimensions is a version.
+        torch._dynamo.config.recompile_limit = 64
+        # In `dual` the loop over chunks would make every size a version.
+        names = ("forward", "encode") if dynamic else ("forward", "dual", "encode")
         for block in self.blocks:
-            for name in ("forward", "dual", "encode"):
+            for name in names:
                 setattr(block, name, torch.compile(getattr(block, name), dynamic=dynamic))
 
 

@@ -22,7 +22,6 @@ a data set is complete or absent.
 import argparse
 import bisect
 import collections
-import errno
 import fcntl
 import functools
 import glob
@@ -118,6 +117,11 @@ def encoded(split, args):
     except (BrokenProcessPool, PicklingError):  # tiktoken's panics cannot be pickled
         why = "perhaps of memory (lower --workers) or of a million spaces in a row (cut them)"
         raise SystemExit(f"a tokenising process died, {why}") from None
+    except OSError as error:  # too many processes, or open files
+        for child in multiprocessing.active_children():
+            child.kill()  # it waits for work, and the exit for it
+        found = f"cannot start {args.workers} processes: {error.strerror}"
+        raise SystemExit(f"{found}; lower --workers") from None
 
 
 def follow_parent():
@@ -170,9 +174,8 @@ def load_documents(args):
             loaded.append(datasets.load_dataset(**where))
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
             cause = error.__cause__ or error
-            no_room = (errno.ENOSPC, errno.EACCES, errno.EROFS)
             no_memory = isinstance(cause, MemoryError) or "new thread" in str(cause)
-            if no_memory or getattr(cause, "errno", None) in no_room:
+            if no_memory or getattr(cause, "errno", None):  # the system's own error
                 advice = "make room in memory, and let HF_HOME name a folder that you may fill"
             raise SystemExit(f"cannot load {name!r}: {reason(cause)}; {advice}") from None
     names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
@@ -444,10 +447,11 @@ def same_tokens(path, trained_meta, folder, meta, *more):
 
     more: further keys of meta.json that must agree, such as "seq_len", and "sha256" for the rows.
     """
-    for key in ("tokenizer", "vocab_size", "vocab", *more):
+    for key in ("tokenizer", "vocab_size", "vocab", "lower_case", *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
-            found = f"{path} has {key} {was!s:.40}, {folder} has {meta.get(key)!s:.40}"
+            values = "" if key in ("vocab", "sha256") else f": {was} and {meta.get(key)}"
+            found = f"{path} and {folder} differ in {key}{values}"
             raise SystemExit(f"{found}; give --data of the same {key}, as it was trained on")
 
 
@@ -466,6 +470,11 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__  # which argparse names if the text is no number
     return parse
+
+
+def utf8(text):
+    """An argparse type: text without the half characters of another encoding."""
+    return text.encode().decode()
 
 
 positive = number(int, 1)

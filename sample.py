@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import prepare_data
 from model import (
     Conditional,
     Draw,
@@ -286,7 +287,7 @@ def main():
     add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
     add("--output", type=Path, help="a .jsonl to write; NAME-NFE.jsonl if several --nfe")
     add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", help="write on from here; needs --context any or block")
+    add("--prompt", type=prepare_data.utf8, help="write on from here; needs --context any or block")
     add("--length", type=positive, help="tokens in all, prompt included (default: the model's L)")
     add("--block-size", type=positive, help="tokens written at once (default: as trained)")
     add("--guidance", type=real, default=1.0, help="weight of the context; 0 ignores it")

@@ -928,6 +928,37 @@ def test_checkpointed_and_compiled_steps(loss, monkeypatch):
     net.maybe_compiled.cache_clear()
 
 
+@pytest.mark.parametrize("kind", ["ce", "signed", "dmd", "kl", "square", "logit"])
+def test_losses_stay_in_float32(kind):
+    """Under autocast a loss on logits is, bit for bit, that of float32 arithmetic on them."""
+    z = 0.1 * torch.randn(6, 999)
+    h, dh = torch.randn(2, 6, 8).bfloat16()
+    head = (0.1 * torch.randn(999, 8)).bfloat16()
+    omega = torch.rand(6, 1)
+    correction = h, dh, omega, omega, head, head
+    function, *inputs = {
+        "ce": (train_diagonal.cross_entropy, torch.arange(6)),
+        "signed": (distill.signed, *correction),
+        "dmd": (distill.denoisers_apart, h, dh, head, head),
+        "kl": (distill.between(distill.kl, distill.semigroup), h, dh, omega, head),
+        "square": (distill.between(distill.square, distill.semigroup), h, dh, omega, head),
+        "logit": (distill.between(distill.kl, distill.corrected_logits), *correction),
+    }[kind]
+    plain = function(z.clone(), *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = function(z.clone(), *inputs)
+    for one, other in zip(plain, rough, strict=True):
+        pairs = [(one, other)] if torch.is_tensor(one) else [(one[k], other[k]) for k in one]
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_failed_factor_is_not_used():
+    """Where W^T W has no Cholesky factor the noise is NaN, so that the step is skipped."""
+    model = small_model(40)
+    model.embedding.data.fill_(torch.inf)
+    assert model.noise_factor().isnan().all()
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("per_position", [False, True])
 @pytest.mark.parametrize("context", [0, 2])
@@ -975,8 +1006,8 @@ def test_noise_factor_is_shared(vocab, monkeypatch):
     model = small_model(vocab)
     params = list(model.parameters())
     calls = []
-    cholesky = torch.linalg.cholesky
-    monkeypatch.setattr(torch.linalg, "cholesky", lambda A: calls.append(1) or cholesky(A))
+    cholesky = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: calls.append(1) or cholesky(A))
     monkeypatch.setattr(train_diagonal, "project", lambda a, b: torch.zeros(()))
     batches = [(torch.randint(vocab, (2, 5)), normals(2, 5, model.noise_size)) for _ in range(3)]
 

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -1041,6 +1042,29 @@ def test_a_dying_process_ends_the_preparation(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("data/*"))
 
 
+def test_too_few_processes(tmp_path, monkeypatch):
+    """Where the system refuses a process, as at a container's limit, the others end too."""
+    (tmp_path / "a.txt").write_text("some words\n" * 5000)
+    vocab = dict(tokenizer="gpt2", vocab_size=50257, bos_id=50256, eos_id=50256, pad_id=None)
+    monkeypatch.setattr(prepare_data, "describe_tokenizer", lambda *inputs: vocab)
+    begin = BaseProcess.start
+    begun = []
+
+    def two(process):
+        if len(begun) == 2:
+            raise OSError(errno.EAGAIN, "no more processes")
+        begun.append(process)
+        begin(process)
+
+    monkeypatch.setattr(BaseProcess, "start", two)
+    flags = ["--source", "a.txt", "--documents", "line", "--workers", 9]
+    done = python("prepare_data.py", "file", *flags, cwd=tmp_path, ok=False)
+    assert "no more processes; lower --workers" in done.stderr
+    for process in begun:
+        process.join(20)
+        assert process.exitcode == -signal.SIGKILL
+
+
 def test_files_that_may_not_be_read(work, tmp_path, monkeypatch):
     """A source, a data set or a cache without permission is one line that says which."""
     import datasets  # after `work`: the program sets what this import reads
@@ -1589,7 +1613,10 @@ MISTAKES = [
     ("train_diagonal.py --data grammar --out absent --resume", "absent"),
     ("train_diagonal.py --data grammar --out trained --resume --steps 1", "--steps"),
     ("train_diagonal.py --data grammar --out trained --resume --seed 1", "seed 0"),
-    ("train_diagonal.py --data changed --out trained --resume", "sha256"),
+    ("train_diagonal.py --data changed --out trained --resume", "differ in sha256"),
+    ("evaluate.py --checkpoint trained --data lower --bound 1", "lower_case: None and False"),
+    ("train_diagonal.py @picture.png", "one argument a line"),
+    (f"sample.py --checkpoint any --prompt 'a {chr(0xDCFF)} child'", "--prompt"),
     ("train_diagonal.py --data grammar --context block --block-size 3", "--block-size"),
     ("distill.py --data grammar --loss psd", "runs/grammar-diagonal"),
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
@@ -1647,7 +1674,8 @@ MISTAKES = [
 def mistaken(conditional, tmp_path_factory):
     """A folder with good and damaged files for the mistakes above."""
     folder = tmp_path_factory.mktemp("mistaken")
-    for name in ("grammar", "cut", "broken", "words", "changed", "high", "empty", "listed"):
+    names = ("grammar", "cut", "broken", "words", "changed", "lower", "high", "empty", "listed")
+    for name in names:
         shutil.copytree(conditional / "data/grammar", folder / name)
     for name, run in (
         ("trained", "grammar-diagonal"),
@@ -1657,8 +1685,10 @@ def mistaken(conditional, tmp_path_factory):
     ):
         shutil.copytree(conditional / "runs" / run, folder / name)
     meta = read_meta(folder / "grammar")
-    for name, key, value in (("words", "vocab", meta["vocab"][::-1]), ("changed", "sha256", {})):
-        (folder / name / "meta.json").write_text(json.dumps(meta | {key: value}))
+    changes = {"words": {"vocab": meta["vocab"][::-1]}}
+    changes |= {"changed": {"sha256": {}}, "lower": {"lower_case": False}}
+    for name, change in changes.items():
+        (folder / name / "meta.json").write_text(json.dumps(meta | change))
     (folder / "broken/meta.json").write_text("{")
     (folder / "listed/meta.json").write_text("[]")
     (folder / "empty/meta.json").write_text(json.dumps(meta | {"train_rows": 0}))
@@ -1797,13 +1827,15 @@ def test_help_names_every_flag(script, monkeypatch):
 
 
 def test_readme_names_exist():
-    """Every `module.name` in the README is in the code, and the equation table has many."""
+    """Each `module.name` and path in the README exists, and the equation table has many."""
     modules = {m.__name__: m for m in (*MODULES, model_file, test_identities)}
     pattern = rf"`((?:{'|'.join(modules)})\.(?!py\b)\w+(?:\.\w+)*)"
     text = (HERE / "README.md").read_text()
     for name in re.findall(pattern, text):
         head, *rest = name.split(".")
         functools.reduce(getattr, rest, modules[head])
+    for path in re.findall(r"(?:results|benchmarks|examples|assets)/[\w.-]*\w", text):
+        assert (HERE / path).exists(), path
     section = text.partition("## Files and equations")[2].partition("\n## ")[0]
     assert sum(len(re.findall(pattern, row)) for row in re.findall(r"(?m)^\|.*", section)) > 15
 

@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from tqdm import tqdm
 
+import prepare_data
 from model import (
     INTERPOLANTS,
     SIZES,
@@ -61,19 +62,7 @@ from model import (
     resolve_machine,
     save_checkpoint,
 )
-from prepare_data import (
-    amount,
-    below_one,
-    fraction,
-    natural,
-    new_parser,
-    positive,
-    read_meta,
-    read_rows,
-    real,
-    same_tokens,
-    say,
-)
+from prepare_data import amount, below_one, fraction, natural, new_parser, positive, say
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -199,7 +188,7 @@ def gradients(params, objective, model, batches, surgery):
     """
     # The noise factor is computed once a step. Micro-batches see a detached copy, and the gradient
     # that they leave on it goes back through the factor once, at the end.
-    before = model.held_factor
+    held = model.held_factor  # stage 2 holds it for good: W is frozen
     factor = model.noise_factor()
     model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
     leaves = [*params, model.held_factor]
@@ -224,7 +213,7 @@ def gradients(params, objective, model, batches, surgery):
             grads = accumulate(factor, params, grads, gradient=factor_grad, retain_graph=True)
         pairs = zip(params, grads, strict=True)
         parts.append(average([torch.zeros_like(p) if g is None else g for p, g in pairs]))
-    model.held_factor = before
+    model.held_factor = held
     if surgery:
         conflicts = [project(*pair) for pair in itertools.combinations(parts, 2)]
         scalars["conflict"] = torch.stack(conflicts).amax()
@@ -245,11 +234,9 @@ def average(tensors):
     Not DistributedDataParallel: surgery needs two averaged gradients before it adds them.
     """
     if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])  # one message, not one per parameter
+        flat = torch.nn.utils.parameters_to_vector(tensors)  # one message, not one per parameter
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        parts = flat.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+        torch.nn.utils.vector_to_parameters(flat / dist.get_world_size(), tensors)
     return tensors
 
 
@@ -281,7 +268,7 @@ def train(args, ranks, model, objective, meta, critic=None):
     exit code 143.
     """
     rank, world, device = ranks
-    data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
+    data = {split: prepare_data.read_rows(args.data, split, meta) for split in ("train", "val")}
     if not len(data["train"]):
         raise SystemExit(f"{args.data} has no training rows: it was made with --val-only")
     model.to(device)
@@ -560,8 +547,9 @@ def restore(args, saved, meta):
     Raises SystemExit if it belongs to another data set or run than the flags describe.
     """
     checkpoint = read_checkpoint(args.out)
-    was = checkpoint["args"] | {"data set (sha256)": checkpoint["meta"]["sha256"]}
-    now = plain(args) | {"data set (sha256)": meta["sha256"]}
+    prepare_data.same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
+    was = checkpoint["args"]
+    now = plain(args)
     for key in ("loss", *now):  # stage 1 has no --loss
         if key not in MAY_CHANGE and was.get(key) != now.get(key):
             found = f"{args.out} was trained with {key} {was.get(key)!s:.60}"
@@ -676,14 +664,17 @@ def model_flags(parser):
     add("--size", choices=list(SIZES), help="(default: base, the paper's 170M)")
     add("--schedule", choices=["argmax", "linear"], help="how to draw times (36) (default: argmax)")
     add("--schedule-blend", type=fraction, help="lambda of the argmax schedule (default: 0.9)")
-    text = "earlier positions first (38): the last one's odds of progress are exp(-LAG) the first's"
-    add("--position-lag", type=real, metavar="LAG", help=text + " (default: 0)")
+    text = "earlier positions first (38): the last's odds are exp(-LAG) the first's (default: 0)"
+    add("--position-lag", type=prepare_data.number(float, -8, 8), metavar="LAG", help=text)
     add("--interpolant", choices=list(INTERPOLANTS), help="the path (47) (default: linear)")
 
 
 def parse_training_args(parser):
     """Parse, and fill in the defaults that depend on the machine."""
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except (UnicodeDecodeError, RecursionError):
+        raise SystemExit("@FILE is not a text of flags, one argument a line") from None
     resolve_machine(args)
     if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():  # one process, whatever a cluster has set
         for name in ("RANK", "WORLD_SIZE"):
@@ -722,7 +713,7 @@ def model_from(args, meta):
     """The averaged weights of the checkpoint args.init, to go on with on rows of any length."""
     path = args.out if args.resume else args.init
     model, checkpoint = load_model(path, seq_len=meta["seq_len"])
-    same_tokens(path, checkpoint["meta"], args.data, meta)
+    prepare_data.same_tokens(path, checkpoint["meta"], args.data, meta)
     vars(args).update({name: checkpoint["args"][name] for name in MODEL_DEFAULTS})
     return model.train().requires_grad_(True)
 
@@ -743,7 +734,7 @@ def main():
     if args.context_dropout is not None and not args.context:
         raise SystemExit(f"--context-dropout {args.context_dropout} needs --context block or any")
     fill_in(args, **MODEL_DEFAULTS, context_dropout=0.1)
-    meta = read_meta(args.data)
+    meta = prepare_data.read_meta(args.data)
     check_run(args, meta["seq_len"])
     model = model_from(args, meta) if args.init else new_model(args, meta)
     loss = functools.partial(diagonal, power=args.diagonal_power)
