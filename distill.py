@@ -517,28 +517,22 @@ def load_stage1(args, meta):
     vars(args).update({key: checkpoint["args"].get(key) for key in FIXED})
     if args.guidance != 1 and not (args.context and args.context_dropout):
         raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")
-    stage1 = copy.deepcopy(model)
-    args.start = args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares both
     earlier = checkpoint["args"]
     of = earlier.get("stage1_checkpoint")  # only a map that was distilled has it
     if of and args.loss != "dmd":
         raise SystemExit(f"{path} is a map, distilled from {of}: give a stage 1, or --loss dmd")
     if of and earlier["guidance"] != 1:
         raise SystemExit(f"{path} was distilled with guidance, which --loss dmd would undo")
-    if of:
-        args.stage1_checkpoint = args.stage1_checkpoint or of
-        advice = "name its stage 1 with --stage1-checkpoint"
-        if not Path(args.stage1_checkpoint).exists():
-            raise SystemExit(f"{path} was distilled from {of}, which is not here: {advice}")
-        stage1, checkpoint = load_model(args.stage1_checkpoint)
-        args.stage1 = weights_digest(checkpoint["ema"])
-        if args.stage1 != earlier["stage1"]:
-            found = f"{args.stage1_checkpoint} has not the weights that {path} was distilled from"
-            raise SystemExit(f"{found} ({of}, as it was then): {advice}")
-    else:
-        if str(args.stage1_checkpoint or path) != str(path):
-            raise SystemExit(f"{path} is a stage 1 itself: drop --stage1-checkpoint")
-        args.stage1_checkpoint = path
+    advice = "name its stage 1 with --stage1-checkpoint"
+    if of and not args.stage1_checkpoint and not Path(of).exists():
+        raise SystemExit(f"{path} was distilled from {of}, which is not here: {advice}")
+    args.stage1_checkpoint = args.stage1_checkpoint or of or path
+    stage1, stage1_checkpoint = load_model(args.stage1_checkpoint)
+    args.start = weights_digest(checkpoint["ema"])  # --resume compares both digests
+    args.stage1 = weights_digest(stage1_checkpoint["ema"])
+    if args.stage1 != (earlier["stage1"] if of else args.start):
+        found = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
+        raise SystemExit(f"{found}, which is {of or path} as it was then: {advice}")
     model.train().requires_grad_(True)
     model.embedding.requires_grad_(False)  # all networks must see the same y = x W
     return model, stage1

@@ -13,9 +13,8 @@ rows. On the grammar the main score is exact: the share of grammatical sentences
 generative perplexity, by the protocol of `judge_scores`; it needs `transformers`.
 
 Also reported: the entropy of each sample's tokens, the shares of 4-grams that are distinct or
-copied from training rows, and speed. Intervals are 95%, by bootstrap over samples. Writes JSON
-(default: evaluation.json in the run's folder, or bound.json if only the bound is asked for; for a
-checkpoint file evaluation-NAME.json) and prints the tables in Markdown.
+copied from training rows, and speed. Intervals are 95%, by bootstrap over samples. Writes JSON,
+beside the last checkpoint unless --output is given, and prints the tables in Markdown.
 """
 
 import bisect

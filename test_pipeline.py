@@ -1631,7 +1631,7 @@ MISTAKES = [
     ("distill.py --data grammar --loss psd --critic-lr 1e-3", "--loss dmd"),
     (
         "distill.py --data grammar --loss dmd --checkpoint map --stage1-checkpoint any",
-        "that map was distilled from",
+        "is not the stage 1 of map",
     ),
     ("sample.py --checkpoint trained --output x.txt", ".jsonl"),
     ("sample.py --checkpoint trained --prompt some", "--context"),
@@ -1659,7 +1659,10 @@ MISTAKES = [
     ("evaluate.py --samples short.txt --data grammar --nfe 1", "--nfe needs a model"),
     ("train_diagonal.py --data grammar --context-dropout 0.5", "--context block or any"),
     ("evaluate.py --samples lines.jsonl --data grammar", "--samples lines.jsonl"),
-    ("distill.py --data grammar --loss dmd --checkpoint trained --stage1-checkpoint any", "itself"),
+    (
+        "distill.py --data grammar --loss dmd --checkpoint trained --stage1-checkpoint any",
+        "is not the stage 1 of trained",
+    ),
     ("evaluate.py --samples list.json", "found .json"),
     ("evaluate.py --checkpoint nowhere", "nowhere cannot be read"),
     ("sample.py --checkpoint any --prompt some --guidance nan", "--guidance"),

@@ -113,6 +113,8 @@ def draw_contexts(L, draw, args):
     place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
     unit = size if args.context == "block" else 1
     start = (place * (L // unit)).long() * unit
+    if args.context == "any":  # some rows begin at their beginning, as samples without a prompt do
+        start = torch.where(quarter < 1 / 8, 0, start)
     length = (L - start).clamp(max=size)
     return start, length, torch.where(drop < args.context_dropout, 0, start)
 
