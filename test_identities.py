@@ -1164,7 +1164,7 @@ def test_by_context(how):
     for step in range(20):
         calls.clear()
         losses, _ = run(step)
-        assert len(calls) <= 8  # four lengths, with and without
+        assert len(calls) <= 9  # four lengths, with and without, and none
         assert sorted(np.concatenate([rows for *_, rows in calls])) == list(range(40))
         for c, places, block, rows in calls:
             before = places[0].item()
@@ -1175,6 +1175,9 @@ def test_by_context(how):
     assert set(starts) == ({0, 2, 4} if kind == "block" else set(range(L)))
     assert ((contexts == starts) | (contexts == 0)).all()
     assert (contexts > 0)[starts > 0].mean() == pytest.approx(0.75, abs=0.05)  # not dropped
+    start, _, _ = train_diagonal.draw_contexts(1000, Draw(0, 0, np.arange(80), "cpu"), args)
+    share = (start == 0).double().mean()  # of 1,000 places the first is common
+    assert share == pytest.approx(0.125 if kind == "any" else 0, abs=0.02)
     alone = sum(run(19, slice(i, i + 1))[0]["x"] for i in range(40)) / 40
     assert torch.allclose(losses["x"], alone, atol=1e-12)
 

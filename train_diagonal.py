@@ -108,8 +108,8 @@ def draw_contexts(L, draw, args):
     """
     size = args.block_size or L
     quarter, drop = draw.uniform(2).unbind(1)
-    # All rows share one random offset, so a step has only four context lengths, L / 4 apart, and
-    # rows with equal lengths run as one batch.
+    # All rows share one random offset, so a step has only four places, L / 4 apart, and rows with
+    # equal lengths run as one batch.
     place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
     unit = size if args.context == "block" else 1
     start = (place * (L // unit)).long() * unit
