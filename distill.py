@@ -449,7 +449,8 @@ def check_shares(args):
     """SystemExit unless the shares make whole rows of a micro-batch, and leave some to the loss."""
     rows = args.micro_batch * args.diagonal_share
     if args.diagonal_share == 1 or round(rows, 6) % 1 or (args.loss != "dmd" and not rows):
-        raise SystemExit(f"--diagonal-share is {rows:g} rows of --micro-batch: not whole, 0 or all")
+        found = f"--diagonal-share {args.diagonal_share:g} of {args.micro_batch} rows is {rows:g}"
+        raise SystemExit(f"{found}: not whole, 0 or all; change --batch-size or --micro-batch")
     others = args.micro_batch - rows
     if args.psd_share == 1 or round(others * args.psd_share, 6) % 1:
         raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")

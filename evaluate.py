@@ -214,7 +214,7 @@ def read_samples(path, meta):
         texts = whole.removesuffix("\n").split("\n") if whole else []  # not at U+2028
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
-        elif re.match(r"""\s*(--- \d+ NFE|\[?\s*{\s*["']|\[\s*["'])""", whole):
+        elif re.match(r"""\s*(--- \d+ NFE|[\[\s]*{\s*["']|\[[\[\s]*["'])""", whole):
             raise ValueError("found JSON, or the print-out of sample.py, whose --output is .jsonl")
     except (OSError, ValueError) as error:
         raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
@@ -402,8 +402,7 @@ def parse_args():
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
     add("--samples", **paths, help="samples made elsewhere: .jsonl or text (default: none)")
     add("--data", **paths, help="data sets for controls and the bound (default: as trained)")
-    text = "draw tokens at the temperature that gives this entropy (nats), to compare fairly"
-    add("--entropy", type=number(float, 0.01), help=text)
+    add("--entropy", type=number(float, 0.01), help="draw at the temperature of this entropy, nats")
     text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
     add("--bound", type=positive, help=text)
     text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"

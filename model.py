@@ -14,6 +14,7 @@ import functools
 import hashlib
 import math
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -863,6 +864,7 @@ def machine_flags(parser):
 
 def resolve_machine(args):
     """Fill in the defaults of `machine_flags`; SystemExit if the device is absent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; training sets its own handler
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.get_device_module(args.device).is_available():
         raise SystemExit(f"--device {args.device}: not available here; try --device cpu")

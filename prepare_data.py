@@ -188,7 +188,7 @@ def load_documents(args):
         raise SystemExit(f"--source has files of different columns: {reason(error)}") from None
     kinds = {name: getattr(kind, "dtype", kind) for name, kind in splits[0].features.items()}
     if kinds.get(args.column) not in ("string", "large_string"):
-        raise SystemExit(f"no text in column {args.column!r}; --column takes one of {kinds}")
+        raise SystemExit(f"--column {args.column} should name one of strings, found {kinds}")
     if missing := sum(split.data.column(args.column).null_count for split in splits):
         say(f"{missing:,} documents have no {args.column!r}: they count as empty")
     if args.limit is not None:
@@ -278,7 +278,7 @@ def build(args, folder):
         val = [[rows[-held:]]]
     val_rows, val_sha256 = write_rows(folder / "val.bin", val[0])
     if not (train_rows or args.val_only) or not val_rows:
-        raise SystemExit(f"the text is too short for rows of {args.seq_len}; lower --seq-len")
+        raise SystemExit(f"too short for rows of {args.seq_len}: add text, or lower --seq-len")
     meta = dict(name=args.name, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows, source=args.source)
     meta |= dict(sha256=dict(train=train_sha256, val=val_sha256), settings=args.settings)
@@ -452,7 +452,7 @@ def same_tokens(path, trained_meta, folder, meta, *more):
         if was != meta.get(key):
             values = "" if key in ("vocab", "sha256") else f": {was} and {meta.get(key)}"
             found = f"{path} and {folder} differ in {key}{values}"
-            raise SystemExit(f"{found}; give --data of the same {key}, as it was trained on")
+            raise SystemExit(f"{found}; give a checkpoint and --data of the same {key}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -543,12 +543,16 @@ def parse_args():
         raise SystemExit(f"--documents cuts .txt files, not {' '.join(args.source)}; leave it out")
     if args.config and kinds & READERS.keys():
         raise SystemExit("--config is for a data set on the hub, not for files; leave it out")
-    more = ("limit", "column", "config", "val_only", "bert", "seed")
+    if args.bert != parser.get_default("bert") and args.tokenizer != "bert":
+        raise SystemExit(f"--bert {args.bert} needs --tokenizer bert")
+    more = ("name", "limit", "column", "config", "val_only", "bert", "seed")
     args.settings = {key: flags[key] for key in (*defaults, *more)}
     if args.tokenizer == "bert":
         files += sorted(Path(args.bert).glob("*"))
     try:
-        files = [path for path in files if path.is_file() and path.stat().st_size]
+        files = [path for path in files if path.is_file()]
+        if empty := [path for path in files if not path.stat().st_size]:
+            raise SystemExit(f"{empty[0]} is empty; leave it out")
         bytes_of = [np.memmap(path, "u1", "r") for path in files]
     except OSError as error:
         found = f"cannot read {error.filename!s:.80}: {error.strerror}"
@@ -575,6 +579,7 @@ CLASSES = [  # class of the verb, adjectives, objects
     ("food", "fresh warm sweet spicy", "apple cake soup pear fish"),
     ("text", "long short famous clever", "book letter poem story song"),
 ]
+LONGEST = 10  # words of the longest sentence, full stop included
 PAD = "<pad>"
 
 
@@ -614,14 +619,6 @@ def grammar_words():
 
 
 @functools.cache
-def grammar_longest(state="start"):
-    """The number of words of the longest sentence, full stop included."""
-    if state is None:
-        return 0
-    return max(1 + grammar_longest(after) for _, after in grammar()[state].values())
-
-
-@functools.cache
 def grammar_entropy(state="start"):
     """The exact entropy of the source in nats per sentence: H(state) = sum p (H(next) - log p)."""
     if state is None:
@@ -649,7 +646,7 @@ def grammar_rows(count, seed):
     edges = {}  # state: where in [0, 1] the share of one word ends and that of the next begins
     for state, arcs in grammar().items():
         edges[state] = list(itertools.accumulate(p for p, _ in arcs.values()))[:-1]
-    rows = np.zeros((count, grammar_longest()), np.uint16)
+    rows = np.zeros((count, LONGEST), np.uint16)
     for row, uniforms in zip(rows, rng.random(rows.shape), strict=True):
         state = "start"
         for position, u in enumerate(uniforms):
@@ -661,7 +658,7 @@ def grammar_rows(count, seed):
 
 def grammar_split(args):
     """`text_rows` for the grammar: 50,000 and 5,000 sentences; sets args.seq_len."""
-    args.seq_len = grammar_longest()
+    args.seq_len = LONGEST
     vocab = grammar_words()
     tokenizer = dict(tokenizer="grammar", vocab_size=len(vocab), bos_id=None, eos_id=1, pad_id=0)
     tokenizer |= dict(vocab=vocab, join=" ")

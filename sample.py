@@ -256,7 +256,7 @@ def prompt_writer(args, meta, trained):
     length = args.length or L
     size = args.block_size or trained["block_size"] or L
     if len(tokens) >= length:
-        raise SystemExit(f"the prompt has {len(tokens)} tokens, --length is {length}")
+        raise SystemExit(f"the prompt has {len(tokens)} tokens: cut it below --length {length}")
     whole = trained["block_size"] if trained["context"] == "block" else 1
     if len(tokens) % whole or size % whole:
         found = f"the prompt has {len(tokens)} tokens, BOS included, and --block-size is {size}"

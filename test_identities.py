@@ -1094,7 +1094,7 @@ def test_grammar_is_exact():
     nll = -np.array([prepare_data.grammar_log_prob(row) for row in rows])
     error = nll.std() / len(nll) ** 0.5
     assert abs(nll.mean() - prepare_data.grammar_entropy()) < 4 * error
-    assert rows.shape[1] == prepare_data.grammar_longest() == (rows != 0).sum(1).max()
+    assert rows.shape[1] == prepare_data.LONGEST == (rows != 0).sum(1).max()
     words = prepare_data.grammar_words()
 
     def probability(text):

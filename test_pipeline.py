@@ -1593,6 +1593,9 @@ MISTAKES = [
     ("prepare_data.py file --source lines.jsonl --documents line", "--documents"),
     ("prepare_data.py file --source short.txt --config small", "--config"),
     (f"prepare_data.py file --source '{'all of the text ' * 20}'", "names of files"),
+    ("prepare_data.py file --source typed.jsonl empty.jsonl", "empty.jsonl is empty"),
+    ("prepare_data.py file --source short.txt --bert .", "--tokenizer bert"),
+    ("evaluate.py --samples nested.txt", "found JSON"),
     ("prepare_data.py owt --source short.txt", "--val-documents"),
     ("prepare_data.py file --source upper.txt --tokenizer char --val-documents -1", "[0, inf]"),
     ("prepare_data.py grammar --seed -1", "--seed"),
@@ -1710,6 +1713,8 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "second.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     (folder / "half.jsonl").write_text('{"text": "half a pair \\ud83d"}\n')
     (folder / "list.json").write_text('[{"text": "a"}]')
+    (folder / "empty.jsonl").write_text("")
+    (folder / "nested.txt").write_text('[[\n {"generated_text": "a"}\n]]\n')
     (folder / "array.txt").write_text('[\n  "a",\n  "b"\n]\n')
     (folder / "dicts.txt").write_text("\n{'text': 'a'}\n")
     (folder / "printed.txt").write_text("--- 1 NFE\na\n")

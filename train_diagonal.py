@@ -636,8 +636,7 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
 def context_flags(parser):
     """The flags of conditional training, in both stages."""
     add = parser.add_argument_group("prompts").add_argument
-    text = "learn a block given whole clean blocks, or any number of clean tokens"
-    add("--context", choices=["block", "any"], help=text)
+    add("--context", choices=["block", "any"], help="learn after whole blocks, or any clean tokens")
     add("--block-size", type=positive, help="tokens written at once (default: all that follow)")
     add("--context-dropout", type=fraction, help="share without it, for guidance (default: 0.1)")
 
