@@ -509,12 +509,13 @@ def parse_args():
     add("--force", action="store_true", help="replace a finished data set")
 
     add = parser.add_argument_group("what to read").add_argument
-    add("--source", nargs="+", help="a data set on the hub, or .txt, .jsonl or .parquet files")
+    text = "a data set on the hub, or files, joined in this order: .txt, .jsonl, .json or .parquet"
+    add("--source", nargs="+", help=text)
     add("--config", metavar="NAME", help="the configuration of a data set on the hub")
     add("--column", default="text", metavar="NAME", help="the column that holds the text")
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
-    text = "hold out the last N if no split is given (default: owt 100000; others, 5%% of the rows)"
+    text = "hold out the last N if the hub gives no split (default: owt 100000, else 0: 5%% of it)"
     add("--val-documents", type=natural, metavar="N", help=text)
     text = "no training rows: all of the validation split or, if there is one split, of that"
     add("--val-only", action="store_true", help=text)
