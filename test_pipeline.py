@@ -231,6 +231,23 @@ def work(tmp_path_factory):
 # The whole road.
 
 
+def test_gpu_dry_run(tmp_path):
+    """All that is to be measured on a GPU runs at toy size; what ended well is not repeated.
+
+    The longest test: it stands first, so that no worker is left waiting for it.
+    """
+    flags = ["--dry-run", "--out", tmp_path / "all"]
+    process = start("benchmarks/gpu.py", *flags, cwd=tmp_path)
+    assert "prepare_data.py" in finish(process, tmp_path, seconds=500)  # some twenty programs
+    lines = (tmp_path / "all/record.jsonl").read_text().splitlines()
+    assert [json.loads(line)["code"] for line in lines] == [0] * 22
+    agreement = json.loads((tmp_path / "all/ranks.json").read_text())
+    assert all(float(row["furthest from bfloat16"]) < 1e-2 for row in agreement)
+    assert json.loads((tmp_path / "all/scores.json").read_text())["bound"]
+    again = finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
+    assert "prepare_data.py" not in again
+
+
 @pytest.mark.parametrize("loss", ["psd", "lsd", "esd"])
 def test_the_whole_road(work, loss):
     """Prepare, train, distil, sample, evaluate: each reads by default what the last one wrote."""
@@ -1890,20 +1907,6 @@ def test_sampling_in_bfloat16_keeps_its_times(work):
         assert all(torch.equal(a, b) for a, b in zip(exact[1:3], rough[1:3], strict=True))
         assert (exact[0] - rough[0]).norm() < 0.05 * exact[0].norm()
     assert len(calls["float32"]) == 8
-
-
-def test_gpu_dry_run(tmp_path):
-    """All that is to be measured on a GPU runs at toy size; what ended well is not repeated."""
-    flags = ["--dry-run", "--out", tmp_path / "all"]
-    process = start("benchmarks/gpu.py", *flags, cwd=tmp_path)
-    assert "prepare_data.py" in finish(process, tmp_path, seconds=500)  # some twenty programs
-    lines = (tmp_path / "all/record.jsonl").read_text().splitlines()
-    assert [json.loads(line)["code"] for line in lines] == [0] * 22
-    agreement = json.loads((tmp_path / "all/ranks.json").read_text())
-    assert all(float(row["furthest from bfloat16"]) < 1e-2 for row in agreement)
-    assert json.loads((tmp_path / "all/scores.json").read_text())["bound"]
-    again = finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
-    assert "prepare_data.py" not in again
 
 
 def test_gpu_goes_on_after_a_failure(tmp_path):
