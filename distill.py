@@ -511,8 +511,7 @@ def load_stage1(args, meta):
 
     The student is a copy of stage 1, or for dmd possibly a map that was distilled from it.
     """
-    path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
-    args.checkpoint = path
+    args.checkpoint = path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
     model, checkpoint = load_model(path)
     same_tokens(path, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
     vars(args).update({key: checkpoint["args"].get(key) for key in FIXED})
@@ -528,9 +527,11 @@ def load_stage1(args, meta):
     if of and not args.stage1_checkpoint and not Path(of).exists():
         raise SystemExit(f"{path} was distilled from {of}, which is not here: {advice}")
     args.stage1_checkpoint = args.stage1_checkpoint or of or path
-    stage1, stage1_checkpoint = load_model(args.stage1_checkpoint)
-    args.start = weights_digest(checkpoint["ema"])  # --resume compares both digests
-    args.stage1 = weights_digest(stage1_checkpoint["ema"])
+    args.start = args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares both
+    stage1 = copy.deepcopy(model)
+    if str(args.stage1_checkpoint) != str(path):
+        stage1, checkpoint = load_model(args.stage1_checkpoint)
+        args.stage1 = weights_digest(checkpoint["ema"])
     if args.stage1 != (earlier["stage1"] if of else args.start):
         found = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
         raise SystemExit(f"{found}, which is {of or path} as it was then: {advice}")
