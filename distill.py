@@ -17,7 +17,7 @@ delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C a
 model.Interpolant. psi_ss or psi_tt comes from the frozen stage 1, or from the student if --joint.
 
 --loss dmd learns no identity: it moves the law of one-jump samples to that of the data, see
-`matching`. It is not in the paper, and starts from a flow map or from stage 1 itself.
+`matching_loss`. It is not in the paper, and starts from a flow map or from stage 1 itself.
 """
 
 import argparse
@@ -31,18 +31,18 @@ import torch
 
 import train_diagonal
 from model import (
-    Divergence,
+    RowLoss,
+    at_least_float32,
     entropy,
     head_loss,
+    in_autocast_dtype,
     load_model,
     logit_chunks,
-    lowered,
     softmax,
     weights_digest,
-    wide,
 )
 from prepare_data import amount, fraction, new_parser, read_meta, real, same_tokens
-from train_diagonal import by_context, diagonal, fill_in, first_given
+from train_diagonal import by_context, diagonal_loss, fill_in, first_given
 
 # ------------------------------------------------------------------------------------------------
 # The jumps.
@@ -83,7 +83,7 @@ def draw_progress(draw, boundary, to_data=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# The teachers return the student's h_st (B, L, D) with its graph, and a Divergence whose target is
+# The teachers return the student's h_st (B, L, D) with its graph, and a RowLoss whose target is
 # a constant of the gradient. `teacher` gives psi_ss or psi_tt. A new loss is an entry of TEACHERS.
 
 
@@ -97,7 +97,7 @@ def psd(model, teacher, y, jump, args):
     omega = per_row(model.path.omega(s, u, t), y)
     by_row = h_su.flatten(0, 1), h_ut.flatten(0, 1), omega
     loss = between(DIVERGENCES[args.divergence], semigroup)
-    return model(y, s, t), Divergence(loss, by_row, (lowered(model.head),))
+    return model(y, s, t), RowLoss(loss, by_row, (in_autocast_dtype(model.head),))
 
 
 def semigroup(z, h_su, h_ut, omega, head):
@@ -116,7 +116,7 @@ def lsd(model, teacher, y, jump, args):
         h_tt = teacher(X_st, t, t)
     C = model.path.C(s, t)
     # psi_st - psi_tt(X_st) + (C / dt) d/dt psi_st = 0
-    return h, corrected(model, teacher, h_tt, dh, torch.ones_like(C), C / jump.dt, args)
+    return h, identity_target(model, teacher, h_tt, dh, torch.ones_like(C), C / jump.dt, args)
 
 
 def esd(model, teacher, y, jump, args):
@@ -129,14 +129,14 @@ def esd(model, teacher, y, jump, args):
     # Gamma (psi_st - psi_ss) - (E / ds) D_s psi_st = 0: (25) times Gamma, finite at t = 1.
     Gamma = model.path.Gamma(s, t)
     E = model.path.E(s, t)
-    return h, corrected(model, teacher, h_ss, dh, Gamma, -E / jump.ds, args)
+    return h, identity_target(model, teacher, h_ss, dh, Gamma, -E / jump.ds, args)
 
 
 TEACHERS = {"psd": psd, "lsd": lsd, "esd": esd}
 
 
-def corrected(model, teacher, h_teacher, dh, a, b, args):
-    """A `Divergence` whose fixed point satisfies the identity a (psi_st - psi) + b d psi_st = 0.
+def identity_target(model, teacher, h_teacher, dh, a, b, args):
+    """A `RowLoss` whose fixed point satisfies the identity a (psi_st - psi) + b d psi_st = 0.
 
     psi = softmax(z) is the teacher's, from h_teacher (B, L, D); d psi_st = psi_st delta, from the
     student's derivative dh (B, L, D). a and b are (B, 1 or L): 1 and C for LSD, Gamma_st and
@@ -149,26 +149,26 @@ def corrected(model, teacher, h_teacher, dh, a, b, args):
     vanishing 1 + C delta for every token that time t has ruled out.
     """
     by_row = h_teacher.flatten(0, 1), dh.flatten(0, 1), per_row(a, dh), per_row(b, dh)
-    heads = lowered(teacher.head), lowered(model.head)
-    if args.target == "signed":
-        return Divergence(signed, by_row, heads)
-    loss = between(DIVERGENCES[args.divergence], corrected_logits)
-    return Divergence(loss, by_row, heads)
+    heads = in_autocast_dtype(teacher.head), in_autocast_dtype(model.head)
+    if args.form == "signed":
+        return RowLoss(signed, by_row, heads)
+    loss = between(DIVERGENCES[args.divergence], logit_target)
+    return RowLoss(loss, by_row, heads)
 
 
 def derivatives(z, h_teacher, dh, teacher_head, head):
     """The teacher's logits, psi_st and delta, (n, V) each."""
-    dz = wide(dh @ head.T)
+    dz = at_least_float32(dh @ head.T)
     psi_st = softmax(z)
     delta = dz.sub_((psi_st * dz).sum(-1, keepdim=True))
-    return wide(h_teacher @ teacher_head.T), psi_st, delta
+    return at_least_float32(h_teacher @ teacher_head.T), psi_st, delta
 
 
 CLAMP = 1e-5  # floor of the logarithm's argument, relative to a + |b|
 
 
-def corrected_logits(z, h_teacher, dh, a, b, teacher_head, head):
-    """The "logit" form of `corrected`: (q, {"clamped": share of the vocabulary}).
+def logit_target(z, h_teacher, dh, a, b, teacher_head, head):
+    """The "logit" form of `identity_target`: (q, {"clamped": share of the vocabulary}).
 
     A network's argument of the logarithm may be negative, unlike the true flow map's: the share
     that is clamped is the best health signal of a run.
@@ -213,7 +213,7 @@ DIVERGENCES = {"kl": kl, "square": square}
 
 @functools.cache  # so that torch.compile sees the same function at every step
 def between(divergence, target):
-    """The function of a `Divergence` from target(z, *inputs) -> (q (n, V), report) to psi_st."""
+    """The function of a `RowLoss` from target(z, *inputs) -> (q (n, V), report) to psi_st."""
 
     def function(z, *inputs):
         q, report = target(z, *inputs)
@@ -224,7 +224,7 @@ def between(divergence, target):
 
 
 def signed(z, h_teacher, dh, a, b, teacher_head, head):
-    """The "signed" form of `corrected`: the gradient on the logits is the identity's residual.
+    """The "signed" form of `identity_target`: the logits' gradient is the identity's residual.
 
     Its target may have negative entries and so no KL: the loss is |p - q|^2 / 2.
     """
@@ -240,7 +240,7 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
 # The objective of stage 2: the diagonal on some rows, consistency on the others (16).
 
 
-def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
+def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
     It is weighted by (45) with c = 1e-6, and a learned w of the times makes it exp(-w) loss + w.
@@ -253,7 +253,7 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
     h, divergence = TEACHERS[loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
     if args.learned_weight and not to_data:
-        w = model.log_weight(jump.s, jump.s if loss == "psd" else jump.t).float()
+        w = model.log_scale(jump.s, jump.s if loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
     scale = torch.exp(-w.detach()) / (B * L)
     how = dict(c=1e-6, r=args.consistency_power, compiled=model.compiled)
@@ -272,7 +272,7 @@ def consistency(model, teacher, tokens, draw, args, loss, to_data=False):
 RENOISED = 0.8  # the largest progress of a data row from which a jump to data is matched
 
 
-def matching(model, critic, stage1, tokens, draw, args):
+def matching_loss(model, critic, stage1, tokens, draw, args):
     """The reverse KL between renoised one-jump samples and renoised data, and the critic's loss.
 
     The sample is the soft p = psi_s1(x_s), with s = 0 for a share args.boundary of the rows and
@@ -303,10 +303,10 @@ def matching(model, critic, stage1, tokens, draw, args):
     size = denoising_distance(model, h, stage1, h_real).view(B, L).mean(-1, keepdim=True)
     size = size.clamp(min=0.01).expand(B, L).flatten()
     how = dict(c=1.0, r=0.0, compiled=model.compiled)
-    heads = lowered(stage1.head), lowered(critic.head)
-    gap = Divergence(denoisers_apart, (h_real, h_critic.detach()), heads)
+    heads = in_autocast_dtype(stage1.head), in_autocast_dtype(critic.head)
+    gap = RowLoss(dmd_surrogate, (h_real, h_critic.detach()), heads)
     loss, report = head_loss(h, model.head, 1 / (B * L * size), gap, **how)
-    own = Divergence(between(kl, instantaneous), (h.detach(),), (lowered(model.head),))
+    own = RowLoss(between(kl, instantaneous), (h.detach(),), (in_autocast_dtype(model.head),))
     scale = torch.full_like(size, 1 / (B * L))
     critic_loss, critic_report = head_loss(h_critic, critic.head, scale, own, **how)
     scalars = {"matching_distance": report["distance"], "critic_kl": critic_report["loss"]}
@@ -317,14 +317,14 @@ def matching(model, critic, stage1, tokens, draw, args):
 
 def denoising_distance(model, h, stage1, h_real):
     """|p - psi_real|_1 (N,) of hidden vectors h and h_real (N, D), without a gradient."""
-    real_head = lowered(stage1.head)
+    real_head = in_autocast_dtype(stage1.head)
     parts = []
     for rows, z in logit_chunks(h, model.head):
         parts.append((softmax(z) - softmax(h_real[rows] @ real_head.T)).abs().sum(-1))
     return torch.cat(parts)
 
 
-def denoisers_apart(z, h_real, h_critic, real_head, critic_head):
+def dmd_surrogate(z, h_real, h_critic, real_head, critic_head):
     """<sg[d], p> for p = softmax(z), d = psi_critic - psi_real; the gradient is p (d - <p, d>)."""
     d = softmax(h_critic @ critic_head.T) - softmax(h_real @ real_head.T)
     p = softmax(z)
@@ -345,14 +345,14 @@ def diagonal_from_stage1(model, stage1, tokens, draw, args):
 
     @torch.no_grad()
     def target(y, t):
-        head = lowered(stage1.head)
+        head = in_autocast_dtype(stage1.head)
         h = stage1(y, t, t).flatten(0, 1)
         if args.guidance == 1:
-            return Divergence(between(kl, instantaneous), (h,), (head,))
-        h_0 = stage1.alone()(y, t, t).flatten(0, 1)
-        return Divergence(between(kl, guided), (h, h_0), (args.guidance, head))
+            return RowLoss(between(kl, instantaneous), (h,), (head,))
+        h_0 = stage1.without_context()(y, t, t).flatten(0, 1)
+        return RowLoss(between(kl, guided), (h, h_0), (args.guidance, head))
 
-    return diagonal(model, tokens, draw, args.diagonal_power, target)
+    return diagonal_loss(model, tokens, draw, args.diagonal_power, target)
 
 
 def instantaneous(z, h, head):
@@ -374,13 +374,13 @@ def distillation(args, stage1=None, critic=None):
     critic: the network that --loss dmd trains beside the student.
     """
     teacher = stage1 if stage1 and args.loss != "psd" else None  # None: the student itself
-    on_diagonal = functools.partial(diagonal, power=args.diagonal_power)
+    on_diagonal = functools.partial(diagonal_loss, power=args.diagonal_power)
     if args.diagonal_from == "stage1":
         on_diagonal = functools.partial(diagonal_from_stage1, args=args)
-    own_loss = functools.partial(consistency, args=args, loss=args.loss)
+    own_loss = functools.partial(consistency_loss, args=args, loss=args.loss)
     if args.loss == "dmd":
-        own_loss = functools.partial(matching, args=args)
-    jumps_to_data = functools.partial(consistency, args=args, loss="psd", to_data=True)
+        own_loss = functools.partial(matching_loss, args=args)
+    jumps_to_data = functools.partial(consistency_loss, args=args, loss="psd", to_data=True)
 
     def objective(model, tokens, draw):
         def on_rows(mask, loss, *networks):
@@ -427,8 +427,8 @@ FIXED = [*train_diagonal.MODEL_DEFAULTS, "context", "block_size", "context_dropo
 def refuse_contradictions(args):
     """SystemExit for flags that contradict --loss, --joint or each other."""
     dmd = args.loss == "dmd"
-    if args.target == "signed" and (args.loss in ("psd", "dmd") or args.divergence == "square"):
-        raise SystemExit("--target signed needs --loss lsd or esd, without --divergence square")
+    if args.form == "signed" and (args.loss in ("psd", "dmd") or args.divergence == "square"):
+        raise SystemExit("--form signed needs --loss lsd or esd, without --divergence square")
     if dmd and (args.joint or args.guidance != 1 or args.divergence == "square"):
         raise SystemExit("--loss dmd excludes --joint, --guidance and --divergence square")
     flag = first_given(args, ["stage1_checkpoint", "critic_lr"])
@@ -459,15 +459,15 @@ def check_shares(args):
 def set_defaults(args):
     """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
     dmd = args.loss == "dmd"
-    # LSD's logit form is ill-conditioned, see `corrected`.
-    signed_target = args.loss == "lsd" and args.divergence == "kl"
+    # LSD's logit form is ill-conditioned, see `identity_target`.
+    signed = args.loss == "lsd" and args.divergence == "kl"
     steps = 10_000 if dmd else 100_000
     if args.joint:
         steps = 1_000_000
     name = f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")
     fill_in(
         args,
-        target="signed" if signed_target else "logit",
+        form="signed" if signed else "logit",
         diagonal_share=0.0 if dmd else 0.5,
         diagonal_from="data" if args.guidance == 1 else "stage1",
         boundary=1.0 if dmd else 1 / 32,
@@ -493,7 +493,7 @@ def distillation_flags(parser):
     add("--critic-lr", type=amount, help="of dmd: learning rate of the critic (default: 1e-3)")
     add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
-    add("--target", choices=["logit", "signed"], help=text)
+    add("--form", choices=["logit", "signed"], help=text)
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
     add("--diagonal-share", type=fraction, help="share of diagonal rows (default: 0.5; dmd 0)")
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")

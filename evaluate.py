@@ -32,7 +32,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prepare_data
-from model import Draw, commit, logit_chunks, lowered, replacing, resolve_machine, weights_digest
+from model import (
+    Draw,
+    atomic_write,
+    commit,
+    in_autocast_dtype,
+    logit_chunks,
+    resolve_machine,
+    weights_digest,
+)
 from prepare_data import decode, encoder, number, positive, read_meta, read_rows, reason, say, utf8
 from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
 
@@ -442,8 +450,8 @@ def draw_at_entropy(draw, target):
     kept = []
 
     def keep(head, hidden, temperature, uniform):
-        hidden = [(weight, lowered(h)) for weight, h in hidden]
-        kept.append((lowered(head), hidden, uniform))
+        hidden = [(weight, in_autocast_dtype(h)) for weight, h in hidden]
+        kept.append((in_autocast_dtype(head), hidden, uniform))
         return torch.zeros(hidden[0][1].shape[:-1], dtype=torch.long)
 
     draw(temperature=1.0, finish=keep)
@@ -521,7 +529,7 @@ def write_scores(args, loaded, sets, results, bounds):
     ]
     facts |= {"results": results, "bound": bounds}
     try:
-        with replacing(args.output) as file:
+        with atomic_write(args.output) as file:
             file.write(json.dumps(facts, indent=1, default=str) + "\n")
     finally:  # a full disk loses no scores
         say("\n\n".join(table(rows) for rows in (results, bounds) if rows))

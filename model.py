@@ -117,7 +117,7 @@ INTERPOLANTS = {
 
 # The last progress visited: at t = 1 the Eulerian teacher is 0/0 and the drift infinite. Under the
 # argmax schedule, argmax x_t is then the clean token with probability 0.9999 or more.
-LAST = 0.9999
+MAX_PROGRESS = 0.9999
 
 
 def argmax_accuracy(ratio, vocab_size):
@@ -150,7 +150,7 @@ def lagged(tau, lag, L):
     """tau_l and d tau_l / d tau (n, L) of each position when the row's progress is tau (n, 1) (38).
 
     Our choice: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2). Earlier positions go first, all
-    start at 0 and, up to `LAST`, end at 1 together; the rate stays within exp(+-lag/2).
+    start at 0 and, up to `MAX_PROGRESS`, end at 1 together; the rate stays within exp(+-lag/2).
     """
     odds = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))  # tau's over tau_l's
     denominator = tau + (1 - tau) * odds
@@ -275,14 +275,14 @@ class Block(nn.Module):
         # v is copied: as a view it would keep all of x alive until the backward pass.
         return rotate(q, *rotary), rotate(k, *rotary), v.contiguous()
 
-    def forward_keeping(self, h, time, rotary, before=None, causal=False):
+    def forward_keeping(self, h, time, rotary, past=None, causal=False):
         """The forward pass: (h, (keys, values), other intermediate values, for `dual`)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)
         n_a, r_a = norm(h)
         q, k, v = self.split(self.qkv(modulate(n_a, shift_a, scale_a)), rotary)
-        if before is not None:
-            k = torch.cat([before[0], k], 2)
-            v = torch.cat([before[1], v], 2)
+        if past is not None:
+            k = torch.cat([past[0], k], 2)
+            v = torch.cat([past[1], v], 2)
         a = self.out(attention(q, k, v, causal).transpose(1, 2).flatten(2))
         h = torch.addcmul(h, gate_a, a)
         n_m, r_m = norm(h)
@@ -291,22 +291,22 @@ class Block(nn.Module):
         h = torch.addcmul(h, gate_m, m)
         return h, (k, v), (n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m)
 
-    def forward(self, h, time, rotary, before=None):
-        """h (B, L, D), time (B, 1 or L, time_width) -> h. before: (keys, values) of a context."""
-        return self.forward_keeping(h, time, rotary, before)[0]
+    def forward(self, h, time, rotary, past=None):
+        """h (B, L, D), time (B, 1 or L, time_width) -> h. past: (keys, values) of a context."""
+        return self.forward_keeping(h, time, rotary, past)[0]
 
-    def encode(self, h, time, rotary, before=None):
-        """The causal pass over a clean context: (h, (keys, values)), with those of `before`."""
-        h, keys, _ = self.forward_keeping(h, time, rotary, before, causal=True)
+    def encode(self, h, time, rotary, past=None):
+        """The causal pass over a clean context: (h, (keys, values)), with those of `past`."""
+        h, keys, _ = self.forward_keeping(h, time, rotary, past, causal=True)
         return h, keys
 
-    def dual(self, h, dh, time, dtime, rotary, before=None):
+    def dual(self, h, dh, time, dtime, rotary, past=None):
         """(h, dh): `forward` with its graph, and its derivative along (dh, dtime) without one.
 
         Written out: the fused attention kernels have no forward mode, and torch.func.jvp would
-        record a graph of the tangent too. The context `before` is a constant.
+        record a graph of the tangent too. The context `past` is a constant.
         """
-        out, (k, v), kept = self.forward_keeping(h, time, rotary, before)
+        out, (k, v), kept = self.forward_keeping(h, time, rotary, past)
         n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m = kept
         with torch.no_grad():
             d_modulation = F.linear(dtime, self.modulation.weight)
@@ -378,8 +378,8 @@ class DiT(nn.Module):
         h = y
         time = self.embed_times(s, t)
         keys, rotary = context or self.no_context(y)
-        for block, before in zip(self.blocks, keys, strict=True):
-            h = self.call(block.forward, h, time, rotary, before)
+        for block, past in zip(self.blocks, keys, strict=True):
+            h = self.call(block.forward, h, time, rotary, past)
         shift, scale = self.final_modulation(time).chunk(2, -1)
         return modulate(norm(h)[0], shift, scale)
 
@@ -397,8 +397,8 @@ class DiT(nn.Module):
         h = y
         dh = zeros(y) if dy is None else dy.to(y.dtype)
         keys, rotary = context or self.no_context(y)
-        for block, before in zip(self.blocks, keys, strict=True):
-            h, dh = self.call(block.dual, h, dh, time, dtime, rotary, before)
+        for block, past in zip(self.blocks, keys, strict=True):
+            h, dh = self.call(block.dual, h, dh, time, dtime, rotary, past)
         n, r = norm(h)
         shift, scale = self.final_modulation(time).chunk(2, -1)
         with torch.no_grad():
@@ -406,7 +406,7 @@ class DiT(nn.Module):
             dh = norm_tangent(n, r, dh) * (1 + scale) + torch.addcmul(dshift, n, dscale)
         return modulate(n, shift, scale), dh
 
-    def log_weight(self, s, t):
+    def log_scale(self, s, t):
         """Learned weight w(s, t) of the loss exp(-w) loss + w: times (B, 1 or L) -> same shape."""
         features = torch.cat([self.time_s.features(s), self.time_t.features(t)], -1)
         return self.loss_weight(features).squeeze(-1)
@@ -418,20 +418,20 @@ class DiT(nn.Module):
         L = y.shape[1]
         return [None] * len(self.blocks), (self.cos[:L], self.sin[:L])
 
-    def encode(self, tokens, before=None):
+    def encode(self, tokens, past=None):
         """Causal pass over clean tokens (B, c) at time 1: each block's (keys, values).
 
-        Keys and values: (B, heads, c, D / heads). before: an earlier result, of the tokens just
+        Keys and values: (B, heads, c, D / heads). past: an earlier result, of the tokens just
         before these, which the new one extends.
         """
-        start = before[0][0].shape[2] if before else 0
+        start = past[0][0].shape[2] if past else 0
         positions = slice(start, start + tokens.shape[1])
         h = F.embedding(tokens, self.embedding)
         one = torch.ones(len(h), 1, dtype=h.dtype, device=h.device)
         time = self.embed_times(one, one)
         rotary = self.cos[positions], self.sin[positions]
         context = []
-        for block, earlier in zip(self.blocks, before or [None] * len(self.blocks), strict=True):
+        for block, earlier in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             h, keys = self.call(block.encode, h, time, rotary, earlier)
             context.append(keys)
         return context
@@ -490,7 +490,7 @@ class DiT(nn.Module):
 
     def times_and_rates(self, tau, L=None):
         """`times`, and dt/dtau scaled to a mean of 1 over the row; one shared time has rate 1."""
-        tau = tau.clamp(0, LAST)
+        tau = tau.clamp(0, MAX_PROGRESS)
         lag = self.config.position_lag
         if lag:
             tau, rate = lagged(tau, lag, L or self.config.seq_len)
@@ -508,9 +508,11 @@ class DiT(nn.Module):
     def soft_embedding(self, h):
         """psi W for psi = softmax(h @ head.T): (B, L, D) -> (B, L, D), without a gradient."""
         with torch.no_grad():
-            low_embedding = lowered(self.embedding)
+            low_embedding = in_autocast_dtype(self.embedding)
             psi_of = maybe_compiled(probabilities, self.compiled)
-            parts = [wide(psi_of(z) @ low_embedding) for _, z in logit_chunks(h, self.head)]
+            parts = [
+                at_least_float32(psi_of(z) @ low_embedding) for _, z in logit_chunks(h, self.head)
+            ]
         return torch.cat(parts).view(h.shape)
 
     def compile_parts(self, dynamic=False):
@@ -543,7 +545,7 @@ class Conditional:
     def __call__(self, y, s, t):
         return self.model(y, s, t, self.context)
 
-    def alone(self):
+    def without_context(self):
         """The same block of the same network without the context, for guidance."""
         return Conditional(self.model, None, self.positions)
 
@@ -557,15 +559,15 @@ class Conditional:
 
 def softmax(z):
     """psi from logits, in at least float32: an average of posteriors (58) is on the simplex."""
-    return wide(z).softmax(-1)
+    return at_least_float32(z).softmax(-1)
 
 
-def wide(z):
+def at_least_float32(z):
     """At least float32: low-precision logits are widened before a softmax, float64 stays."""
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
-def lowered(x):
+def in_autocast_dtype(x):
     """x detached, in the dtype of the autocast around us: cast once, before a loop over chunks."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -605,8 +607,8 @@ def add_product(total, a, b):
 
 def logit_chunks(h, head):
     """Yield (rows, logits (n, V)) for hidden vectors h (..., D), rows being a slice of them all."""
-    flat = lowered(h).flatten(0, -2)
-    low_head = lowered(head)
+    flat = in_autocast_dtype(h).flatten(0, -2)
+    low_head = in_autocast_dtype(head)
     for rows in chunks(len(flat), len(head), head.device):
         yield rows, flat[rows] @ low_head.T
 
@@ -617,7 +619,7 @@ def maybe_compiled(function, compiled):
     return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
 
 
-class Divergence(NamedTuple):
+class RowLoss(NamedTuple):
     """A loss on rows of logits z (n, V): function(z, *rows of the tensors in by_row, *shared).
 
     It returns a report {"loss": (n,), "distance": (n,), ...}, with distance |q - p| from prediction
@@ -639,8 +641,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, h, head, scale, divergence, c, r, compiled):
         grad_h = torch.empty_like(h) if h.requires_grad else None
         grad_head = torch.zeros_like(head) if head.requires_grad else None
-        low_h = lowered(h)
-        low_head = lowered(head)
+        low_h = in_autocast_dtype(h)
+        low_head = in_autocast_dtype(head)
         loss_of = maybe_compiled(weighted(divergence.function, c, r), compiled)
         total = scale.new_zeros(())
         reports = []
@@ -669,7 +671,7 @@ def weighted(function, c, r):
     """HeadLoss between its products: (z, scale, *inputs) -> (weighted sum, report, gradient)."""
 
     def chunk(z, scale, *inputs):
-        report, g = function(wide(z), *inputs)
+        report, g = function(at_least_float32(z), *inputs)
         adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
         weight = scale * adaptive
         report["weighted"] = adaptive * report["loss"]
@@ -682,7 +684,7 @@ def head_loss(h, head, scale, divergence, c, r, compiled=False):
     """sum_i scale_i w_i loss_i, differentiable in h (N, D) and head (V, D), and a report per row.
 
     w_i = (distance_i^2 + c)^-r is the adaptive weight (45), a constant like scale (N,). The report
-    {name: (N,)} has the plain "loss", "weighted" (w_i loss_i), and what the `Divergence` adds.
+    {name: (N,)} has the plain "loss", "weighted" (w_i loss_i), and what the `RowLoss` adds.
     """
     return HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
 
@@ -749,7 +751,7 @@ class Draw:
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w"):
+def atomic_write(path, mode="w"):
     """Open a file to write that appears at `path` only when it is complete and on disk.
 
     SystemExit if it cannot be written, as on a full disk.
@@ -791,7 +793,7 @@ def save_checkpoint(folder, content, keep):
     weights = [*content["model"].values(), *content["ema"].values()]
     if not torch.stack([w.isfinite().all() for w in weights]).all():
         raise SystemExit(f"weights are not finite at step {step}: --resume with a lower --lr")
-    with replacing(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         torch.save(content, file)
     # A newer checkpoint here can only be a corrupt one, which --resume skipped.
     older = [p for p in checkpoints(folder) if step_of(p) < step]

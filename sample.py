@@ -24,10 +24,10 @@ import prepare_data
 from model import (
     Conditional,
     Draw,
+    atomic_write,
     load_model,
     logit_chunks,
     machine_flags,
-    replacing,
     resolve_machine,
     softmax,
 )
@@ -107,8 +107,8 @@ def branches(model, guidance):
     if guidance == 1:
         return [(1.0, model)]
     if guidance == 0:
-        return [(1.0, model.alone())]
-    return [(guidance, model), (1 - guidance, model.alone())]
+        return [(1.0, model.without_context())]
+    return [(guidance, model), (1 - guidance, model.without_context())]
 
 
 def renoise(model, y, u, t, xi):
@@ -179,7 +179,7 @@ def continue_text(model, tokens, length, block_size, normal, guidance=1.0, windo
             start = encoded = written + n - window
             keys = None
         if written > encoded:
-            keys = model.encode(tokens[:, encoded:], before=keys)
+            keys = model.encode(tokens[:, encoded:], past=keys)
             encoded = written
         fresh = functools.partial(normal, n)
         positions = torch.arange(written - start, written - start + n, device=tokens.device)
@@ -312,7 +312,7 @@ def main():
         if args.output:
             stem = args.output.stem + (f"-{nfe}" if len(args.nfe) > 1 else "")
             lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-            with replacing(args.output.with_stem(stem)) as file:
+            with atomic_write(args.output.with_stem(stem)) as file:
                 file.writelines(line + "\n" for line in lines)
         say("\n".join([f"--- {nfe} NFE", *(texts[:4] if args.output else texts)]))
 

@@ -25,9 +25,9 @@ from model import (
     INTERPOLANTS,
     Conditional,
     DiT,
-    Divergence,
     Draw,
     ModelConfig,
+    RowLoss,
     head_loss,
     schedule_table,
 )
@@ -115,7 +115,7 @@ class Oracle:
         self.whiten = torch.linalg.inv(torch.linalg.cholesky(gram)).T  # of y, to unit noise
         self.clean = self.one_hot @ self.embedding @ self.whiten
         self.noise_size = len(self.head)
-        self.schedule_tau = self.schedule_time = torch.tensor([0, net.LAST, 1.0]).double()
+        self.schedule_tau = self.schedule_time = torch.tensor([0, net.MAX_PROGRESS, 1.0]).double()
         self.times = lambda tau: self.times_and_rates(tau)[0]
         self.noise_factor = lambda: self.embedding
         self.embed_noise = lambda xi: xi @ self.embedding
@@ -317,16 +317,16 @@ def test_identities(path, lag):
 
 
 def teach(model, teacher, form, y, jump, kind="kl"):
-    """(h_st (rows, D), the Divergence from its target) of a teacher, both on all rows."""
+    """(h_st (rows, D), the RowLoss from its target) of a teacher, both on all rows."""
     loss, target = form.split()
-    args = SimpleNamespace(target=target, divergence=kind)
+    args = SimpleNamespace(form=target, divergence=kind)
     h, divergence = distill.TEACHERS[loss](model, teacher, y, jump, args)
     assert not any(x.requires_grad for x in (*divergence.by_row, *divergence.shared))
     return h.flatten(0, 1), divergence
 
 
 def gradient(divergence, z):
-    """p - q, what a Divergence gives as the gradient on the logits z of all rows."""
+    """p - q, what a RowLoss gives as the gradient on the logits z of all rows."""
     return divergence.function(z, *divergence.by_row, *divergence.shared)[1]
 
 
@@ -487,8 +487,8 @@ def flags(loss="psd", **changes):
 def loss_of(name, model, tokens, draw):
     """The diagonal loss or, by the name of its identity, a consistency loss: a scalar."""
     if name == "diagonal":
-        return train_diagonal.diagonal(model, tokens, draw)[0]["diagonal"]
-    return distill.consistency(model, model, tokens, draw, flags(name), name)[0]["consistency"]
+        return train_diagonal.diagonal_loss(model, tokens, draw)[0]["diagonal"]
+    return distill.consistency_loss(model, model, tokens, draw, flags(name), name)[0]["consistency"]
 
 
 def weighted_loss(z, q, c=0, r=0, kind="kl"):
@@ -510,12 +510,10 @@ def test_head_loss(kind):
     scale = torch.rand(10, dtype=torch.float64)
     tokens = torch.arange(10) % 7
     q = F.one_hot(tokens, 7).double()
-    divergence = Divergence(train_diagonal.cross_entropy, (tokens,))
+    divergence = RowLoss(train_diagonal.cross_entropy, (tokens,))
     if kind != "cross_entropy":
         q = normals(10, 7, seed=2).softmax(-1)
-        divergence = Divergence(
-            distill.between(distill.DIVERGENCES[kind], lambda z, q: (q, {})), (q,)
-        )
+        divergence = RowLoss(distill.between(distill.DIVERGENCES[kind], lambda z, q: (q, {})), (q,))
     total, report = head_loss(*leaves, scale, divergence, 0.01, 0.5)
     z = leaves[0] @ leaves[1].T
     weighted = weighted_loss(z, q, 0.01, 0.5, kind)
@@ -558,12 +556,12 @@ def test_diagonal(target):
     t = model.times(noise.uniform(1)).float()
     q = F.one_hot(block, V).float()
     x_t = (1 - t)[..., None] * noise.normal(3, V) + t[..., None] * q
-    networks = (student, teacher, teacher.alone())
+    networks = (student, teacher, teacher.without_context())
     z, z_c, z_0 = (n(x_t @ model.embedding, t, t) @ n.head.T for n in networks)
     graphs = []
     stage1.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
     if target is None:
-        losses, report = train_diagonal.diagonal(student, block, draw())
+        losses, report = train_diagonal.diagonal_loss(student, block, draw())
     else:
         args = flags(guidance=target, diagonal_power=0.5)
         losses, report = distill.diagonal_from_stage1(student, teacher, block, draw(), args)
@@ -584,7 +582,7 @@ def test_consistency(loss):
     model, tokens, draw = small_case(interpolant="trigonometric", position_lag=1.0)
     args = flags(loss, consistency_power=0.4, learned_weight=True)
     for to_data in (True, False):
-        losses, report = distill.consistency(model, model, tokens, draw(), args, loss, to_data)
+        losses, report = distill.consistency_loss(model, model, tokens, draw(), args, loss, to_data)
         noise = draw()
         progress = distill.draw_progress(noise, args.boundary, to_data)
         jump = distill.Jump(*(v.float() for v in distill.Jump.between(model, *progress)))
@@ -592,13 +590,13 @@ def test_consistency(loss):
         h, divergence = distill.TEACHERS[loss](model, model, y, jump, args)
         z = (h @ model.head.T).flatten(0, 1)
         q = z.detach().softmax(-1) - gradient(divergence, z.detach().clone())
-        w = model.log_weight(jump.s, jump.s if loss == "psd" else jump.t) * (not to_data)
+        w = model.log_scale(jump.s, jump.s if loss == "psd" else jump.t) * (not to_data)
         plain = (torch.exp(-w) * weighted_loss(z, q, 1e-6, 0.4).view(16, 5) + w).mean()
         assert torch.allclose(losses["consistency"], plain, rtol=1e-4)
         assert torch.allclose(report["consistency_kl"], weighted_loss(z, q).mean(), rtol=1e-4)
         grads = (grads_of(total, model) for total in (losses["consistency"], plain))
         assert same(*grads, rtol=1e-3, atol=1e-5)
-    assert not torch.equal(w, model.log_weight(jump.s, jump.t + 0.1))
+    assert not torch.equal(w, model.log_scale(jump.s, jump.t + 0.1))
 
 
 def test_matching():
@@ -607,7 +605,7 @@ def test_matching():
     stage1, critic = copy.deepcopy(model), copy.deepcopy(model)
     stage1.head.data.mul_(1.3)
     critic.head.data.mul_(-0.7)
-    losses, report = distill.matching(model, critic, stage1, tokens, draw(), flags("dmd"))
+    losses, report = distill.matching_loss(model, critic, stage1, tokens, draw(), flags("dmd"))
     noise = draw()
     start, edge, tau = noise.uniform(3)[:, :, None].unbind(1)
     assert 0 < (edge < 1 / 8).sum() < 16
@@ -657,7 +655,7 @@ def test_matching_descends_the_reverse_kl(excess):
     (expected,) = torch.autograd.grad((log_density(student) - log_density(data)).sum(), z)
     h_real, h_critic = (n(y.detach(), tau, tau).flatten(0, 1) for n in (data, student))
     one = data.head
-    _, g = distill.denoisers_apart(z.detach().flatten(0, 1), h_real, h_critic, one, one)
+    _, g = distill.dmd_surrogate(z.detach().flatten(0, 1), h_real, h_critic, one, one)
     assert torch.allclose(g.view(20, 2, 3), alpha**2 / beta**2 * expected, atol=1e-12)
     assert (g.abs().max() > 0.01) == (excess > 0)
 
@@ -695,8 +693,8 @@ def test_rows_are_shared_out(how, monkeypatch):
         seen.append((loss, to_data, list(networks[:-2]), networks[-1].rows.tolist()))
         return {"consistency": torch.tensor(3.0 if to_data else 1.0)}, {}
 
-    monkeypatch.setattr(distill, "diagonal", spy)
-    monkeypatch.setattr(distill, "consistency", spy)
+    monkeypatch.setattr(distill, "diagonal_loss", spy)
+    monkeypatch.setattr(distill, "consistency_loss", spy)
     objective = distill.distillation(flags(loss, psd_share=psd_share), stage1)
     losses, _ = objective(model, tokens, Draw(0, 0, np.arange(32, 64), "cpu"))
     even = range(32, 64, 2)
@@ -753,7 +751,7 @@ def learn(model, objective, steps, lr, surgery=False, critic=None):
 def learned_diagonal():
     torch.manual_seed(0)
     model = DiT(ModelConfig(3, 2, 2, 64, 2))
-    learn(model, functools.partial(train_diagonal.diagonal, power=0.0), 400, 3e-3)
+    learn(model, functools.partial(train_diagonal.diagonal_loss, power=0.0), 400, 3e-3)
     return model
 
 
@@ -779,7 +777,7 @@ def test_learning_reaches_the_truth(case):
     assert one_step > 0.3
     model = copy.deepcopy(learned_diagonal())
     model.embedding.requires_grad_(False)
-    how = {"lsd": {"target": "signed"}, "esd": {"learned_weight": True, "consistency_power": 0.5}}
+    how = {"lsd": {"form": "signed"}, "esd": {"learned_weight": True, "consistency_power": 0.5}}
     objective = distill.distillation(flags(loss, **how.get(loss, {})), learned_diagonal())
     learn(model, objective, steps, lr, surgery=loss == "psd")
     kl, one_step = errors(model)
@@ -821,7 +819,7 @@ def test_schedule_times(path, schedule):
     tau = torch.linspace(0, 1, 5001, dtype=torch.float64)
     t = model.times(tau[:, None]).squeeze(1)
     assert ((t[0] == 0) & (t.diff() > 0)).all()
-    assert model.times(column(net.LAST)) == t[-1] < 1
+    assert model.times(column(net.MAX_PROGRESS)) == t[-1] < 1
     alpha, beta = model.path.alpha(t[1:-1]), model.path.beta(t[1:-1])
     expected = tau[1:-1]
     if schedule == "argmax":
@@ -939,10 +937,10 @@ def test_losses_stay_in_float32(kind):
     function, *inputs = {
         "ce": (train_diagonal.cross_entropy, torch.arange(6)),
         "signed": (distill.signed, *correction),
-        "dmd": (distill.denoisers_apart, h, dh, head, head),
+        "dmd": (distill.dmd_surrogate, h, dh, head, head),
         "kl": (distill.between(distill.kl, distill.semigroup), h, dh, omega, head),
         "square": (distill.between(distill.square, distill.semigroup), h, dh, omega, head),
-        "logit": (distill.between(distill.kl, distill.corrected_logits), *correction),
+        "logit": (distill.between(distill.kl, distill.logit_target), *correction),
     }[kind]
     plain = function(z.clone(), *inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -1008,7 +1006,7 @@ def test_noise_factor_is_shared(vocab, monkeypatch):
     calls = []
     cholesky = torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: calls.append(1) or cholesky(A))
-    monkeypatch.setattr(train_diagonal, "project", lambda a, b: torch.zeros(()))
+    monkeypatch.setattr(train_diagonal, "remove_conflict", lambda a, b: torch.zeros(()))
     batches = [(torch.randint(vocab, (2, 5)), normals(2, 5, model.noise_size)) for _ in range(3)]
 
     def objective(model, tokens, xi):
@@ -1129,10 +1127,10 @@ def test_given_is_the_masked_pass():
         times = (torch.cat([torch.ones(2, 3), v.expand(2, 2)], 1) for v in (s, t))
         expected = model(row, *times)[:, 3:]
     keys = model.encode(tokens)
-    parts = model.encode(tokens[:, 1:], before=model.encode(tokens[:, :1]))
+    parts = model.encode(tokens[:, 1:], past=model.encode(tokens[:, :1]))
     for known in (keys, parts):
         assert torch.allclose(Conditional(model, known, places)(*inputs), expected, atol=1e-12)
-    alone = Conditional(model, keys, places).alone()(*inputs)
+    alone = Conditional(model, keys, places).without_context()(*inputs)
     assert not torch.allclose(alone, expected, atol=1e-3)
     assert torch.equal(alone, Conditional(model, None, places)(*inputs))
     assert same(Conditional(model, None, torch.arange(2))(*inputs), model(*inputs), atol=1e-12)
@@ -1222,11 +1220,13 @@ def test_guidance():
     model, tokens, start = sampling_case()
     given = Conditional(model, model.encode(tokens[:, :5]), torch.arange(5, 9))
     xi = start()(4)
-    for omega, plain in ((0.0, given.alone()), (1.0, given)):
+    for omega, plain in ((0.0, given.without_context()), (1.0, given)):
         assert torch.equal(generate(given, xi, 3, guidance=omega), generate(plain, xi, 3))
 
     def guided(y, s, t):
-        psi_c, psi_0 = ((n(y, s, t) @ model.head.T).softmax(-1) for n in (given, given.alone()))
+        psi_c, psi_0 = (
+            (n(y, s, t) @ model.head.T).softmax(-1) for n in (given, given.without_context())
+        )
         return psi_0 + 1.8 * (psi_c - psi_0)
 
     s, t, end = (time.expand(3, 1) for time in model.times(column(0, 0.5, 1)))
@@ -1247,7 +1247,9 @@ def test_a_new_loss(monkeypatch):
         """For a map that stays where it is: psi_st = psi_ss."""
         h_ss = teacher(y, jump.s, jump.s).flatten(0, 1).detach()
         target = distill.between(distill.kl, distill.instantaneous)
-        return model(y, jump.s, jump.t), Divergence(target, (h_ss,), (net.lowered(teacher.head),))
+        return model(y, jump.s, jump.t), RowLoss(
+            target, (h_ss,), (net.in_autocast_dtype(teacher.head),)
+        )
 
     monkeypatch.setitem(distill.TEACHERS, "stay", stay)
     model, teacher = copy.deepcopy(learned_diagonal()), copy.deepcopy(learned_diagonal())
@@ -1267,10 +1269,10 @@ class Mixer(torch.nn.Module):
         self.across = torch.nn.Linear(config.seq_len, config.seq_len)
         self.modulation = torch.nn.Linear(config.time_width, config.width)
 
-    def forward(self, h, time, rotary=None, before=None):
+    def forward(self, h, time, rotary=None, past=None):
         return h + self.across((h * self.modulation(time)).tanh().mT).mT
 
-    def dual(self, h, dh, time, dtime, rotary, before=None):
+    def dual(self, h, dh, time, dtime, rotary, past=None):
         h, dh = torch.func.jvp(self.forward, (h, time), (dh, dtime))
         return h, dh.detach()
 

@@ -379,7 +379,7 @@ def test_first_steps(work, tmp_path):
     for line in lines[:2]:  # of the averaged weights, on the same rows and noise every time
         model, _ = load_model(run / f"checkpoint-{line['step']}.pt")
         draw = Draw(train_diagonal.VALIDATION, 0, np.arange(16), "cpu")
-        _, report = train_diagonal.diagonal(model, tokens, draw)
+        _, report = train_diagonal.diagonal_loss(model, tokens, draw)
         assert line["val_diagonal_ce"] == pytest.approx(float(report["diagonal_ce"]), rel=1e-6)
 
 
@@ -402,14 +402,14 @@ def test_rows_come_in_shuffled_epochs():
 
 def spoil(monkeypatch, steps):
     """Make the diagonal's loss infinite at these steps of training."""
-    real = train_diagonal.diagonal
+    real = train_diagonal.diagonal_loss
 
-    def diagonal(model, tokens, draw, power):
+    def diagonal_loss(model, tokens, draw, power):
         losses, report = real(model, tokens, draw, power)
         factor = math.inf if draw.step in steps and torch.is_grad_enabled() else 1.0
         return {"diagonal": losses["diagonal"] * factor}, report
 
-    monkeypatch.setattr(train_diagonal, "diagonal", diagonal)
+    monkeypatch.setattr(train_diagonal, "diagonal_loss", diagonal_loss)
 
 
 def test_log_lines_and_kept_checkpoints(work, tmp_path, monkeypatch):
@@ -483,9 +483,9 @@ STEPS = [
     "distill.py --loss psd --divergence square --diagonal-from stage1",
     "distill.py --loss psd --guidance 1.5",
     "distill.py --loss lsd",
-    "distill.py --loss lsd --target logit",
+    "distill.py --loss lsd --form logit",
     "distill.py --loss esd",
-    "distill.py --loss esd --target signed --psd-share 0.25",
+    "distill.py --loss esd --form signed --psd-share 0.25",
     "distill.py --loss esd --joint",
     "distill.py --loss dmd",
     "distill.py --loss dmd --boundary 0.5 --diagonal-share 0.25 --diagonal-from stage1",
@@ -499,7 +499,7 @@ def step_on_meta(words, monkeypatch, B, config):
     with torch.device("meta"):
         model, stage1, critic = (DiT(config).to("meta") for _ in range(3))
     stage1.requires_grad_(False)
-    objective = functools.partial(train_diagonal.diagonal, power=args.diagonal_power)
+    objective = functools.partial(train_diagonal.diagonal_loss, power=args.diagonal_power)
     params = list(model.parameters())
     if words.startswith("distill"):
         if args.guidance != 1:
@@ -1807,7 +1807,7 @@ def test_headline_commands(tmp_path, monkeypatch):
     run |= dict(steps=100_000, divergence="kl", diagonal_share=0.5, guidance=1, joint=False)
     run |= dict(diagonal_from="data", boundary=1 / 32, consistency_power=0.5, learned_weight=True)
     for loss in distill.TEACHERS:
-        own = dict(surgery=loss == "psd", target="signed" if loss == "lsd" else "logit")
+        own = dict(surgery=loss == "psd", form="signed" if loss == "lsd" else "logit")
         check(f"distill.py --loss {loss}", **run, **own, out=Path(f"runs/owt-{loss}"))
     own = dict(steps=10_000, boundary=1, diagonal_share=0, critic_lr=1e-3, surgery=False)
     check("distill.py --loss dmd", **own, out=Path("runs/owt-dmd"))

@@ -49,16 +49,16 @@ from model import (
     SIZES,
     Conditional,
     DiT,
-    Divergence,
     Draw,
     ModelConfig,
+    RowLoss,
+    atomic_write,
     checkpoints,
     commit,
     head_loss,
     load_model,
     machine_flags,
     read_checkpoint,
-    replacing,
     resolve_machine,
     save_checkpoint,
 )
@@ -69,7 +69,7 @@ from prepare_data import amount, below_one, fraction, natural, new_parser, posit
 
 
 def cross_entropy(z, tokens):
-    """-log psi(token) (22) for logits z (n, V) and tokens (n,): a function for `Divergence`."""
+    """-log psi(token) (22) for logits z (n, V) and tokens (n,): a function for `RowLoss`."""
     target = tokens[:, None]
     log_p = z.log_softmax(-1)
     loss = -log_p.gather(-1, target).squeeze(-1)
@@ -77,12 +77,12 @@ def cross_entropy(z, tokens):
     return {"loss": loss, "distance": torch.linalg.vector_norm(g, dim=-1)}, g
 
 
-def diagonal(model, tokens, draw, power=0.5, target=None):
+def diagonal_loss(model, tokens, draw, power=0.5, target=None):
     """Cross-entropy of psi_tt(x_t) against the clean token (21, 22), weighted by (45), c = 0.01.
 
     power: the exponent r of (45). Only r = 0 learns E[x1 | x_t]: the weight depends on the token
     drawn, and the paper's r = 0.5 favours likely ones, so samples are sharper and less varied.
-    target: a function of y (B, L, D) and t, returning a `Divergence` to minimise instead.
+    target: a function of y (B, L, D) and t, returning a `RowLoss` to minimise instead.
     """
     B, L = tokens.shape
     tau = draw.uniform(1)
@@ -91,7 +91,7 @@ def diagonal(model, tokens, draw, power=0.5, target=None):
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
     name = "diagonal_kl" if target else "diagonal_ce"
-    divergence = target(y, t) if target else Divergence(cross_entropy, (tokens.flatten(),))
+    divergence = target(y, t) if target else RowLoss(cross_entropy, (tokens.flatten(),))
     loss, report = head_loss(h, model.head, scale, divergence, 0.01, power, model.compiled)
     return {"diagonal": loss}, {name: report["loss"].mean()}
 
@@ -217,7 +217,7 @@ def gradients(params, objective, model, batches, surgery):
         parts.append(average([torch.zeros_like(p) if g is None else g for p, g in pairs]))
     model.held_factor = held
     if surgery:
-        conflicts = [project(*pair) for pair in itertools.combinations(parts, 2)]
+        conflicts = [remove_conflict(*pair) for pair in itertools.combinations(parts, 2)]
         scalars["conflict"] = torch.stack(conflicts).amax()
     for later in parts[1:]:
         torch._foreach_add_(parts[0], later)
@@ -242,7 +242,7 @@ def average(tensors):
     return tensors
 
 
-def project(first, second):
+def remove_conflict(first, second):
     """Gradient surgery: if <second, first> < 0, remove from `second` its part along `first`.
 
     Both are lists over all parameters. In place; returns 1.0 if there was a conflict, else 0.0.
@@ -595,7 +595,7 @@ def write_config(args, start):
                 kept.append(line)
     files = {"config.json": [json.dumps(config, indent=1)], "flags.txt": flags, "log.jsonl": kept}
     for name, lines in files.items():
-        with replacing(args.out / name) as file:
+        with atomic_write(args.out / name) as file:
             file.writelines(line + "\n" for line in lines)
 
 
@@ -738,7 +738,7 @@ def main():
     meta = prepare_data.read_meta(args.data)
     check_run(args, meta["seq_len"])
     model = model_from(args, meta) if args.init else new_model(args, meta)
-    loss = functools.partial(diagonal, power=args.diagonal_power)
+    loss = functools.partial(diagonal_loss, power=args.diagonal_power)
 
     def objective(model, tokens, draw):
         return by_context(loss, [model], tokens, draw, args)

@@ -48,9 +48,9 @@ from evaluate import table
 from model import (
     SIZES,
     DiT,
-    Divergence,
     Draw,
     ModelConfig,
+    RowLoss,
     head_loss,
     machine_flags,
     modulate,
@@ -60,7 +60,7 @@ from model import (
 )
 from prepare_data import Help
 from sample import check_output, generate
-from train_diagonal import cross_entropy, diagonal, gradients
+from train_diagonal import cross_entropy, diagonal_loss, gradients
 
 # ------------------------------------------------------------------------------------------------
 # The steps, as objectives of train_diagonal.
@@ -88,23 +88,23 @@ def next_token(model, tokens, draw):
     shift, scale = model.final_modulation(time).chunk(2, -1)
     h = modulate(norm(h)[0], shift, scale)[:, :-1].flatten(0, 1)
     each = torch.full((len(h),), 1 / len(h), device=h.device)
-    targets = Divergence(cross_entropy, (tokens[:, 1:].flatten(),))
+    targets = RowLoss(cross_entropy, (tokens[:, 1:].flatten(),))
     loss, _ = head_loss(h, model.head, each, targets, c=0.01, r=0.0, compiled=model.compiled)
     return {"next": loss}, {}
 
 
 def identity(loss, teacher, critic, model, tokens, draw):
     """All rows of the step on one loss of distill.py, with its defaults."""
-    args = SimpleNamespace(target="logit", divergence="kl", boundary=1 / 32)
+    args = SimpleNamespace(form="logit", divergence="kl", boundary=1 / 32)
     if loss == "dmd":
         args.boundary = 1.0
-        return distill.matching(model, critic, teacher, tokens, draw, args)
+        return distill.matching_loss(model, critic, teacher, tokens, draw, args)
     args.learned_weight = True
     args.consistency_power = 0.5
-    return distill.consistency(model, teacher or model, tokens, draw, args, loss)
+    return distill.consistency_loss(model, teacher or model, tokens, draw, args, loss)
 
 
-OBJECTIVES = {"diagonal": diagonal, "V-sized": v_sized, "next token": next_token}
+OBJECTIVES = {"diagonal": diagonal_loss, "V-sized": v_sized, "next token": next_token}
 # {step: forward passes a row, a backward pass counted as two}
 PASSES = dict.fromkeys(OBJECTIVES, 3) | dict.fromkeys(distill.TEACHERS, 5) | {"dmd": 7}
 STEPS = list(PASSES)

@@ -54,7 +54,7 @@ def jump_row(model, diagonal, loss, tokens, start, end, steps):
     jump = distill.Jump(*(time.float() for time in distill.Jump.between(model, *progress)))
     noise = Draw(0, 0, np.arange(B), "cpu").normal(L, model.noise_size)
     y = model.interpolate(noise, tokens, jump.s)
-    options = SimpleNamespace(target="logit", divergence="kl")
+    options = SimpleNamespace(form="logit", divergence="kl")
     h, divergence = distill.TEACHERS[loss](model, diagonal, y, jump, options)
     z = h.flatten(0, 1) @ model.head.T
     report, _ = divergence.function(z, *divergence.by_row, *divergence.shared)

@@ -212,7 +212,7 @@ def choices(runner):
     stage1(runner, "linear", "--schedule linear", minutes=4)
     more = DISTIL.replace("--boundary 0.125", "--boundary 0.5")
     distil(runner, "esd-noise", "diagonal", f"--loss esd {more}", minutes=2)
-    signed = f"--loss esd --target signed --psd-share 0.5 {DISTIL}"
+    signed = f"--loss esd --form signed --psd-share 0.5 {DISTIL}"
     distil(runner, "esd-signed", "diagonal", signed, minutes=2)
 
 

@@ -23,7 +23,7 @@ import distill
 from evaluate import table
 from model import Draw, load_model
 from prepare_data import Help, positive, read_meta, read_rows
-from train_diagonal import diagonal, gradients
+from train_diagonal import diagonal_loss, gradients
 
 LOSSES = {"diagonal": "", "psd": "logit", "lsd": "signed", "esd": "logit", "dmd": ""}
 BANDS = [(0.0, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 0.9), (0.9, 1.0)]
@@ -48,18 +48,18 @@ def jumps(draw, boundary, to_data=False):
 
 def gradient(loss, model, stage1, tokens, band, half):
     """The gradient of one loss as one vector, in bfloat16 if `half`."""
-    args = argparse.Namespace(target=LOSSES[loss], divergence="kl", boundary=1.0)
+    args = argparse.Namespace(form=LOSSES[loss], divergence="kl", boundary=1.0)
     args.consistency_power = 0.0
     args.learned_weight = False
 
     def objective(model, tokens, draw):
         if loss == "diagonal":
-            return diagonal(model, tokens, draw, 0.0)
+            return diagonal_loss(model, tokens, draw, 0.0)
         if loss == "dmd":
-            losses, _ = distill.matching(model, critic, stage1, tokens, draw, args)
+            losses, _ = distill.matching_loss(model, critic, stage1, tokens, draw, args)
             return {"matching": losses["matching"]}, {}
         with mock.patch("distill.draw_progress", jumps):
-            return distill.consistency(model, stage1, tokens, draw, args, loss)
+            return distill.consistency_loss(model, stage1, tokens, draw, args, loss)
 
     critic = copy.deepcopy(model).requires_grad_(False)
     draw = Band(0, 0, np.arange(len(tokens)), tokens.device)

@@ -36,15 +36,15 @@ PLAIN = "--no-learned-weight --consistency-power 0"
 STAGE1 = {"diagonal": "", "diagonal-linear": "--schedule linear"}
 STAGE2 = {
     "psd": f"--loss psd {PLAIN}",
-    "lsd": f"--loss lsd --target signed {PLAIN}",
+    "lsd": f"--loss lsd --form signed {PLAIN}",
     "esd": "--loss esd",
     "psd-squared": "--loss psd --divergence square --no-learned-weight",
     "psd-weighted": "--loss psd",
     "lsd-logit": f"--loss lsd {PLAIN}",
     "esd-plain": f"--loss esd {PLAIN}",
     "psd-diagonal-from-data": f"--loss psd {PLAIN} --diagonal-from data",
-    "esd-signed": f"--loss esd --target signed {PLAIN}",
-    "esd-signed-psd-share": f"--loss esd --target signed --psd-share 0.25 {PLAIN}",
+    "esd-signed": f"--loss esd --form signed {PLAIN}",
+    "esd-signed-psd-share": f"--loss esd --form signed --psd-share 0.25 {PLAIN}",
 }
 # A map, then distribution matching from it; and the map's own loss for as much computation. A row
 # costs 4.75 forward passes by those losses, a quarter of the rows being diagonal, and 7 by dmd.
