@@ -3,7 +3,7 @@
     python distill.py --loss esd                    # from the run that train_diagonal.py writes
     torchrun --nproc_per_node=8 distill.py --loss psd
     python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
-    python distill.py --loss esd --joint            # both losses at once, from scratch
+    python distill.py --loss esd --joint --checkpoint runs/new    # both losses, from scratch
     python distill.py --loss dmd --checkpoint runs/owt-esd    # then match the law of its samples
 
 Writes runs/DATA-LOSS/. Half of the rows (under dmd none) go on learning the diagonal (21). The
@@ -14,7 +14,20 @@ others learn one identity, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by 
     esd   Eulerian      psi_st = softmax(z_ss - log(1 - delta / kappa))             (25, 33)
 
 delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C and kappa are in
-model.Interpolant. psi_ss or psi_tt comes from the frozen stage 1, or from the student if --joint.
+model.Interpolant. Who teaches whom ("itself" is the student, its gradient stopped):
+
+    rows        --loss        student        teacher
+    diagonal    all           psi_tt         the tokens; with --diagonal-from stage1 its psi_tt
+    others      psd           psi_st         itself: psi_su and psi_ut
+                lsd           psi_st         stage 1's psi_tt at X_st, and itself: d/dt psi_st
+                esd           psi_st         stage 1's psi_ss, and itself: D_s psi_st along the flow
+                dmd           psi_s1         stage 1 and a critic, which the student's samples teach
+
+With --joint there is no stage 1: the student is the teacher everywhere. The --checkpoint may then
+be untrained: `python train_diagonal.py --steps 0 --out runs/new` writes one.
+
+In short runs --loss psd collapses with its default weights, the paper's: add --no-learned-weight
+--consistency-power 0.
 
 --loss dmd learns no identity: it moves the law of one-jump samples to that of the data, see
 `matching_loss`. It is not in the paper, and starts from a flow map or from stage 1 itself.
@@ -39,10 +52,9 @@ from model import (
     load_model,
     logit_chunks,
     softmax,
-    weights_digest,
 )
-from prepare_data import amount, fraction, new_parser, read_meta, real, same_tokens
-from train_diagonal import by_context, diagonal_loss, fill_in, first_given
+from prepare_data import new_parser, read_meta, same_tokens
+from train_diagonal import by_context, diagonal_loss
 
 # ------------------------------------------------------------------------------------------------
 # The jumps.
@@ -96,15 +108,15 @@ def psd(model, teacher, y, jump, args):
         h_ut = model(X_su, u, t)
     omega = per_row(model.path.omega(s, u, t), y)
     by_row = h_su.flatten(0, 1), h_ut.flatten(0, 1), omega
-    loss = between(DIVERGENCES[args.divergence], semigroup)
-    return model(y, s, t), RowLoss(loss, by_row, (in_autocast_dtype(model.head),))
+    shared = in_autocast_dtype(model.head), DIVERGENCES[args.divergence]
+    return model(y, s, t), RowLoss(semigroup, by_row, shared)
 
 
-def semigroup(z, h_su, h_ut, omega, head):
-    """The target omega psi_su + (1 - omega) psi_ut, which does not depend on z."""
+def semigroup(z, h_su, h_ut, omega, head, divergence):
+    """From psi_st to the target omega psi_su + (1 - omega) psi_ut, which does not depend on z."""
     psi_su = softmax(h_su @ head.T)
     psi_ut = softmax(h_ut @ head.T)
-    return psi_su.mul_(omega).addcmul_(psi_ut, 1 - omega), {}
+    return divergence(z, psi_su.mul_(omega).addcmul_(psi_ut, 1 - omega))
 
 
 def lsd(model, teacher, y, jump, args):
@@ -152,8 +164,7 @@ def identity_target(model, teacher, h_teacher, dh, a, b, args):
     heads = in_autocast_dtype(teacher.head), in_autocast_dtype(model.head)
     if args.form == "signed":
         return RowLoss(signed, by_row, heads)
-    loss = between(DIVERGENCES[args.divergence], logit_target)
-    return RowLoss(loss, by_row, heads)
+    return RowLoss(logit_target, by_row, (*heads, DIVERGENCES[args.divergence]))
 
 
 def derivatives(z, h_teacher, dh, teacher_head, head):
@@ -167,17 +178,19 @@ def derivatives(z, h_teacher, dh, teacher_head, head):
 CLAMP = 1e-5  # floor of the logarithm's argument, relative to a + |b|
 
 
-def logit_target(z, h_teacher, dh, a, b, teacher_head, head):
-    """The "logit" form of `identity_target`: (q, {"clamped": share of the vocabulary}).
+def logit_target(z, h_teacher, dh, a, b, teacher_head, head, divergence):
+    """The "logit" form of `identity_target`; reports "clamped", a share of the vocabulary.
 
-    A network's argument of the logarithm may be negative, unlike the true flow map's: the share
-    that is clamped is the best health signal of a run.
+    softmax ignores a factor in the logarithm: 1 - delta / kappa = (Gamma - E delta) / Gamma, so
+    a + b delta serves. A network's may be negative, unlike the true flow map's: the share that is
+    clamped is the best health signal of a run.
     """
     z_teacher, _, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     argument = delta.mul_(b).add_(a)
     floor = CLAMP * (a + b.abs())
     clamped = (argument < floor).sum(-1) / argument.shape[-1]
-    return softmax(z_teacher.sub_(argument.clamp_(min=floor).log_())), {"clamped": clamped}
+    report, g = divergence(z, softmax(z_teacher.sub_(argument.clamp_(min=floor).log_())))
+    return report | {"clamped": clamped}, g
 
 
 def per_row(value, y):
@@ -211,18 +224,6 @@ def square(z, q):
 DIVERGENCES = {"kl": kl, "square": square}
 
 
-@functools.cache  # so that torch.compile sees the same function at every step
-def between(divergence, target):
-    """The function of a `RowLoss` from target(z, *inputs) -> (q (n, V), report) to psi_st."""
-
-    def function(z, *inputs):
-        q, report = target(z, *inputs)
-        more, g = divergence(z, q)
-        return report | more, g
-
-    return function
-
-
 def signed(z, h_teacher, dh, a, b, teacher_head, head):
     """The "signed" form of `identity_target`: the logits' gradient is the identity's residual.
 
@@ -250,18 +251,18 @@ def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
     jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in jump))
     y = model.interpolate(draw.normal(L, model.noise_size), tokens, jump.s)
-    h, divergence = TEACHERS[loss](model, teacher, y, jump, args)
+    h, row_loss = TEACHERS[loss](model, teacher, y, jump, args)
     w = torch.zeros_like(jump.s)
     if args.learned_weight and not to_data:
         w = model.log_scale(jump.s, jump.s if loss == "psd" else jump.t).float()
     w = w.expand(B, L).flatten()
     scale = torch.exp(-w.detach()) / (B * L)
     how = dict(c=1e-6, r=args.consistency_power, compiled=model.compiled)
-    total, report = head_loss(h.flatten(0, 1), model.head, scale, divergence, **how)
+    total, report = head_loss(h.flatten(0, 1), model.head, scale, row_loss, **how)
     # The network's gradient is that of `total`; the value, and the gradient on w, are these.
     learned = (torch.exp(-w) * report.pop("weighted") + w).mean()
     total = total - total.detach() + learned
-    is_square = args.divergence == "square" or divergence.function is signed
+    is_square = args.divergence == "square" or row_loss.function is signed
     report["consistency_square" if is_square else "consistency_kl"] = report.pop("loss")
     return {"consistency": total}, {name: value.mean() for name, value in report.items()}
 
@@ -306,7 +307,7 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
     heads = in_autocast_dtype(stage1.head), in_autocast_dtype(critic.head)
     gap = RowLoss(dmd_surrogate, (h_real, h_critic.detach()), heads)
     loss, report = head_loss(h, model.head, 1 / (B * L * size), gap, **how)
-    own = RowLoss(between(kl, instantaneous), (h.detach(),), (in_autocast_dtype(model.head),))
+    own = RowLoss(from_teacher, (h.detach(),), (in_autocast_dtype(model.head),))
     scale = torch.full_like(size, 1 / (B * L))
     critic_loss, critic_report = head_loss(h_critic, critic.head, scale, own, **how)
     scalars = {"matching_distance": report["distance"], "critic_kl": critic_report["loss"]}
@@ -348,24 +349,24 @@ def diagonal_from_stage1(model, stage1, tokens, draw, args):
         head = in_autocast_dtype(stage1.head)
         h = stage1(y, t, t).flatten(0, 1)
         if args.guidance == 1:
-            return RowLoss(between(kl, instantaneous), (h,), (head,))
+            return RowLoss(from_teacher, (h,), (head,))
         h_0 = stage1.without_context()(y, t, t).flatten(0, 1)
-        return RowLoss(between(kl, guided), (h, h_0), (args.guidance, head))
+        return RowLoss(guided, (h, h_0), (args.guidance, head))
 
     return diagonal_loss(model, tokens, draw, args.diagonal_power, target)
 
 
-def instantaneous(z, h, head):
-    """q = psi, from the hidden vectors of stage 1."""
-    return softmax(h @ head.T), {}
+def from_teacher(z, h, head):
+    """KL(psi || softmax(z)), psi from the hidden vectors h of another network."""
+    return kl(z, softmax(h @ head.T))
 
 
 def guided(z, h_c, h_0, guidance, head):
-    """q = psi_0 + guidance (psi_c - psi_0) (section 4.2), cut at 0 and scaled to sum to 1."""
+    """`from_teacher` for psi_0 + guidance (psi_c - psi_0) (section 4.2), cut at 0, of sum 1."""
     psi_c = softmax(h_c @ head.T)
     psi_0 = softmax(h_0 @ head.T)
     q = (psi_0 + guidance * (psi_c - psi_0)).clamp(min=0)
-    return q / q.sum(-1, keepdim=True), {}
+    return kl(z, q / q.sum(-1, keepdim=True))
 
 
 def distillation(args, stage1=None, critic=None):
@@ -420,64 +421,7 @@ def spread(rows, share):
 
 
 # ------------------------------------------------------------------------------------------------
-# What stage 1 has fixed; distill.py takes these flags with --joint alone.
-FIXED = [*train_diagonal.MODEL_DEFAULTS, "context", "block_size", "context_dropout"]
-
-
-def refuse_contradictions(args):
-    """SystemExit for flags that contradict --loss, --joint or each other."""
-    dmd = args.loss == "dmd"
-    if args.form == "signed" and (args.loss in ("psd", "dmd") or args.divergence == "square"):
-        raise SystemExit("--form signed needs --loss lsd or esd, without --divergence square")
-    if dmd and (args.joint or args.guidance != 1 or args.divergence == "square"):
-        raise SystemExit("--loss dmd excludes --joint, --guidance and --divergence square")
-    flag = first_given(args, ["stage1_checkpoint", "critic_lr"])
-    if flag and not dmd:
-        raise SystemExit(f"{flag} needs --loss dmd")
-    if args.joint and (args.checkpoint or args.guidance != 1 or args.diagonal_from == "stage1"):
-        raise SystemExit("--joint excludes --checkpoint, --guidance and --diagonal-from stage1")
-    flag = first_given(args, FIXED)
-    if flag and not args.joint:
-        raise SystemExit(f"stage 1 has fixed {flag}: set it in train_diagonal.py, or add --joint")
-    if args.guidance != 1 and (args.loss != "psd" or args.diagonal_from == "data"):
-        raise SystemExit("--guidance needs --loss psd and --diagonal-from stage1")
-    if args.psd_share and args.loss not in ("lsd", "esd"):
-        raise SystemExit("--psd-share goes with --loss lsd or esd")
-
-
-def check_shares(args):
-    """SystemExit unless the shares make whole rows of a micro-batch, and leave some to the loss."""
-    rows = args.micro_batch * args.diagonal_share
-    if args.diagonal_share == 1 or round(rows, 6) % 1 or (args.loss != "dmd" and not rows):
-        found = f"--diagonal-share {args.diagonal_share:g} of {args.micro_batch} rows is {rows:g}"
-        raise SystemExit(f"{found}: not whole, 0 or all; change --batch-size or --micro-batch")
-    others = args.micro_batch - rows
-    if args.psd_share == 1 or round(others * args.psd_share, 6) % 1:
-        raise SystemExit(f"--psd-share of {others:g} other rows is not a whole number, or is all")
-
-
-def set_defaults(args):
-    """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
-    dmd = args.loss == "dmd"
-    # LSD's logit form is ill-conditioned, see `identity_target`.
-    signed = args.loss == "lsd" and args.divergence == "kl"
-    steps = 10_000 if dmd else 100_000
-    if args.joint:
-        steps = 1_000_000
-    name = f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")
-    fill_in(
-        args,
-        form="signed" if signed else "logit",
-        diagonal_share=0.0 if dmd else 0.5,
-        diagonal_from="data" if args.guidance == 1 else "stage1",
-        boundary=1.0 if dmd else 1 / 32,
-        critic_lr=1e-3,
-        surgery=args.loss == "psd",
-        steps=steps,
-        out=Path("runs") / name,
-        context_dropout=0.1,
-        **train_diagonal.MODEL_DEFAULTS,
-    )
+# Machinery: skip at first reading.
 
 
 def distillation_flags(parser):
@@ -488,88 +432,121 @@ def distillation_flags(parser):
     add("--loss", choices=[*TEACHERS, "dmd"], required=True, help=text)
     text = "checkpoint or run to start from: stage 1, or with dmd also a map (default: runs/DATA-"
     add("--checkpoint", type=Path, help=text + "diagonal)")
-    text = "of dmd: the stage 1 of --checkpoint (default: the one it was distilled from)"
-    add("--stage1-checkpoint", type=Path, help=text)
-    add("--critic-lr", type=amount, help="of dmd: learning rate of the critic (default: 1e-3)")
-    add("--joint", action="store_true", help="train both losses from scratch, without a stage 1")
+    add("--critic-lr", type=float, default=1e-3, help="of dmd: learning rate of the critic")
+    add("--joint", action="store_true", help="no stage 1: the student teaches itself everything")
     text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
     add("--form", choices=["logit", "signed"], help=text)
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
-    add("--diagonal-share", type=fraction, help="share of diagonal rows (default: 0.5; dmd 0)")
+    add("--diagonal-share", type=float, help="share of diagonal rows (default: 0.5; dmd 0)")
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
     text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
-    add("--psd-share", type=fraction, default=0.0, help=text)
-    add("--boundary", type=fraction, help="share of noise-to-data jumps (default: 1/32; dmd 1)")
-    add("--consistency-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
+    add("--psd-share", type=float, default=0.0, help=text)
+    add("--boundary", type=float, help="share of noise-to-data jumps (default: 1/32; dmd 1)")
+    add("--consistency-power", type=float, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
     add("--surgery", action=yes_no, help="project conflicting gradients (default: with psd)")
-    add("--guidance", type=real, default=1.0, help="distil the map guided by this; 1 is plain")
+    add("--guidance", type=float, default=1.0, help="distil the map guided by this; 1 is plain")
 
 
-def load_stage1(args, meta):
-    """(student, stage 1) with frozen embeddings; fills in the flags that stage 1 has fixed.
+def set_defaults(args):
+    """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
+    dmd = args.loss == "dmd"
+    signed = args.loss == "lsd" and args.divergence == "kl"  # see `identity_target`
+    steps = 1_000_000 if args.joint else 100_000
+    defaults = dict(
+        out=Path("runs") / (f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")),
+        checkpoint=Path("runs") / f"{args.data.name}-diagonal",
+        steps=10_000 if dmd else steps,
+        form="signed" if signed else "logit",
+        diagonal_share=0.0 if dmd else 0.5,
+        diagonal_from="data" if args.guidance == 1 else "stage1",
+        boundary=1.0 if dmd else 1 / 32,
+        surgery=args.loss == "psd",
+    )
+    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
 
-    The student is a copy of stage 1, or for dmd possibly a map that was distilled from it.
+
+def refuse_contradictions(args):
+    """SystemExit for flags with which the run would silently be something else."""
+    dmd = args.loss == "dmd"
+    square = args.divergence == "square"
+    plain = args.guidance == 1
+    diagonal = args.micro_batch * args.diagonal_share
+    to_data = (args.micro_batch - diagonal) * args.psd_share
+    for text, wrong in {
+        "--form signed needs --loss lsd or esd, without --divergence square": args.form == "signed"
+        and (args.loss in ("psd", "dmd") or square),
+        "--loss dmd excludes --joint, --guidance and --divergence square": dmd
+        and (args.joint or not plain or square),
+        "--joint excludes --guidance and --diagonal-from stage1": args.joint
+        and (not plain or args.diagonal_from == "stage1"),
+        "--guidance needs --loss psd and --diagonal-from stage1": not plain
+        and (args.loss != "psd" or args.diagonal_from == "data"),
+        "--guidance needs a stage 1 trained with --context and --context-dropout": not plain
+        and not (args.context and args.context_dropout),
+        "--psd-share goes with --loss lsd or esd": args.psd_share and args.loss in ("psd", "dmd"),
+        f"--diagonal-share makes {diagonal:g} of {args.micro_batch} rows: give another or "
+        "--micro-batch, for a whole number, not all": args.diagonal_share == 1
+        or round(diagonal, 6) % 1
+        or not (dmd or diagonal),
+        f"--psd-share makes {to_data:g} rows of a micro-batch: give a whole number, not all": (
+            args.psd_share == 1 or round(to_data, 6) % 1
+        ),
+    }.items():
+        if wrong:
+            raise SystemExit(text)
+
+
+def load_networks(args, meta):
+    """(student, frozen stage 1, the checkpoint) of args.checkpoint, or of args.out to resume.
+
+    The student is a copy of stage 1 or, for dmd and to resume, a map that carries its stage 1. The
+    flags that shape contexts are taken from there.
     """
-    args.checkpoint = path = args.checkpoint or Path("runs") / f"{args.data.name}-diagonal"
+    path = args.out if args.resume else args.checkpoint
     model, checkpoint = load_model(path)
-    same_tokens(path, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
-    vars(args).update({key: checkpoint["args"].get(key) for key in FIXED})
-    if args.guidance != 1 and not (args.context and args.context_dropout):
-        raise SystemExit(f"--guidance: {path} was not trained with --context, --context-dropout")
     earlier = checkpoint["args"]
-    of = earlier.get("stage1_checkpoint")  # only a map that was distilled has it
-    if of and args.loss != "dmd":
-        raise SystemExit(f"{path} is a map, distilled from {of}: give a stage 1, or --loss dmd")
-    if of and earlier["guidance"] != 1:
+    same_tokens(path, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
+    if "loss" in earlier and not args.resume and args.loss != "dmd":
+        raise SystemExit(f"{path} is a map: give a stage 1 with --checkpoint, or --loss dmd")
+    if args.loss == "dmd" and earlier.get("guidance", 1) != 1:
         raise SystemExit(f"{path} was distilled with guidance, which --loss dmd would undo")
-    advice = "name its stage 1 with --stage1-checkpoint"
-    if of and not args.stage1_checkpoint and not Path(of).exists():
-        raise SystemExit(f"{path} was distilled from {of}, which is not here: {advice}")
-    args.stage1_checkpoint = args.stage1_checkpoint or of or path
-    args.start = args.stage1 = weights_digest(checkpoint["ema"])  # --resume compares both
+    for name in ("context", "block_size", "context_dropout"):
+        setattr(args, name, earlier.get(name))
     stage1 = copy.deepcopy(model)
-    if str(args.stage1_checkpoint) != str(path):
-        stage1, checkpoint = load_model(args.stage1_checkpoint)
-        args.stage1 = weights_digest(checkpoint["ema"])
-    if args.stage1 != (earlier["stage1"] if of else args.start):
-        found = f"{args.stage1_checkpoint} is not the stage 1 of {path}"
-        raise SystemExit(f"{found}, which is {of or path} as it was then: {advice}")
+    if "stage1" in checkpoint:
+        stage1.load_state_dict(checkpoint["stage1"])
     model.train().requires_grad_(True)
-    model.embedding.requires_grad_(False)  # all networks must see the same y = x W
-    return model, stage1
+    if not args.joint:
+        model.embedding.requires_grad_(False)  # all networks must see the same y = x W
+    return model, stage1, checkpoint
 
 
 def main():
-    parser = new_parser(__doc__, fromfile_prefix_chars="@")
+    parser = new_parser(__doc__)
     distillation_flags(parser)
     text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
     train_diagonal.training_flags(parser, None, text)
-    train_diagonal.context_flags(parser)
-    train_diagonal.model_flags(parser)
     args = train_diagonal.parse_training_args(parser)
-    refuse_contradictions(args)
     set_defaults(args)
-    check_shares(args)
     meta = read_meta(args.data)
-    if args.joint:
-        model, stage1 = train_diagonal.new_model(args, meta), None
-    else:
-        model, stage1 = load_stage1(args, meta)
-    train_diagonal.check_run(args, meta["seq_len"])
+    train_diagonal.check_new_run(args)
+    model, stage1, checkpoint = load_networks(args, meta)
+    resumed = train_diagonal.read_resumed(args, meta, checkpoint)
     ranks = train_diagonal.start_ranks(args)
+    refuse_contradictions(args)
     critic = None
     if args.loss == "dmd":
         critic = copy.deepcopy(stage1).train().requires_grad_(True)
         critic.embedding.requires_grad_(False)
-    if args.joint or (args.loss == "psd" and args.diagonal_from == "data"):
+    if args.joint:
         stage1 = None
-    if stage1 is not None:
-        stage1.to(ranks[-1]).eval().requires_grad_(False)
+    elif args.loss != "psd" or args.diagonal_from == "stage1":  # else it only goes into checkpoints
+        stage1.to(ranks[-1])
         if args.compile:
             stage1.compile_parts(dynamic=bool(args.context))
     objective = distillation(args, stage1, critic)
-    train_diagonal.train(args, ranks, model, objective, meta, critic)
+    train_diagonal.train(args, ranks, model, objective, meta, resumed, stage1, critic)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ Notation (equation numbers are those of Discrete Flow Maps, arXiv 2604.09784):
 
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import signal
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 
 # ------------------------------------------------------------------------------------------------
@@ -216,28 +215,9 @@ def attention(q, k, v, causal=False):
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
-def attention_tangent(q, k, v, dq, dk, dv):
-    """Derivative of `attention` (not causal): no fused kernel has one. In chunks of queries."""
-    B, heads, L, d = q.shape
-    out = torch.empty_like(q)
-    for rows in chunks(L, B * heads * k.shape[-2], k.device):
-        weights = (q[:, :, rows] @ k.transpose(-2, -1) * d**-0.5).softmax(-1).to(v.dtype)
-        d_scores = dq[:, :, rows] @ k.transpose(-2, -1) + q[:, :, rows] @ dk.transpose(-2, -1)
-        d_scores = d_scores * d**-0.5
-        d_weights = weights * (d_scores - (weights * d_scores).sum(-1, keepdim=True))
-        out[:, :, rows] = d_weights @ v + weights @ dv
-    return out
-
-
 def norm(x):
-    """LayerNorm without weights over the last dimension: (y, the scale it multiplied by)."""
-    y, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-    return y, scale
-
-
-def norm_tangent(y, scale, dx):
-    """Derivative of y along dx, where (y, scale) = norm(x)."""
-    return scale * (dx - dx.mean(-1, keepdim=True) - y * (y * dx).mean(-1, keepdim=True))
+    """LayerNorm without weights over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
 def modulate(h, shift, scale):
@@ -254,8 +234,8 @@ def rotate(x, cos, sin):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero).
 
-    Another block is a class, named in `DiT.__init__`, with `forward`; `dual` for LSD and ESD
-    (torch.func.jvp will do if no fused kernel is in the way); and `encode` for clean contexts.
+    Another block is a class with this `forward`, named in `DiT.__init__`. LSD and ESD differentiate
+    it forward in time, so it needs operations that torch.func.jvp knows.
     """
 
     def __init__(self, config):
@@ -275,56 +255,20 @@ class Block(nn.Module):
         # v is copied: as a view it would keep all of x alive until the backward pass.
         return rotate(q, *rotary), rotate(k, *rotary), v.contiguous()
 
-    def forward_keeping(self, h, time, rotary, past=None, causal=False):
-        """The forward pass: (h, (keys, values), other intermediate values, for `dual`)."""
+    def forward(self, h, time, rotary, past=None, causal=False):
+        """h (B, L, D), time (B, 1 or L, time_width) -> h and this block's (keys, values).
+
+        past: the (keys, values) of a context, which those returned then include.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)
-        n_a, r_a = norm(h)
-        q, k, v = self.split(self.qkv(modulate(n_a, shift_a, scale_a)), rotary)
+        q, k, v = self.split(self.qkv(modulate(norm(h), shift_a, scale_a)), rotary)
         if past is not None:
             k = torch.cat([past[0], k], 2)
             v = torch.cat([past[1], v], 2)
         a = self.out(attention(q, k, v, causal).transpose(1, 2).flatten(2))
         h = torch.addcmul(h, gate_a, a)
-        n_m, r_m = norm(h)
-        up = self.mlp[0](modulate(n_m, shift_m, scale_m))
-        m = self.mlp[2](self.mlp[1](up))
-        h = torch.addcmul(h, gate_m, m)
-        return h, (k, v), (n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m)
-
-    def forward(self, h, time, rotary, past=None):
-        """h (B, L, D), time (B, 1 or L, time_width) -> h. past: (keys, values) of a context."""
-        return self.forward_keeping(h, time, rotary, past)[0]
-
-    def encode(self, h, time, rotary, past=None):
-        """The causal pass over a clean context: (h, (keys, values)), with those of `past`."""
-        h, keys, _ = self.forward_keeping(h, time, rotary, past, causal=True)
-        return h, keys
-
-    def dual(self, h, dh, time, dtime, rotary, past=None):
-        """(h, dh): `forward` with its graph, and its derivative along (dh, dtime) without one.
-
-        Written out: the fused attention kernels have no forward mode, and torch.func.jvp would
-        record a graph of the tangent too. The context `past` is a constant.
-        """
-        out, (k, v), kept = self.forward_keeping(h, time, rotary, past)
-        n_a, r_a, scale_a, gate_a, q, a, n_m, r_m, scale_m, gate_m, up, m = kept
-        with torch.no_grad():
-            d_modulation = F.linear(dtime, self.modulation.weight)
-            dshift_a, dscale_a, dgate_a, dshift_m, dscale_m, dgate_m = d_modulation.chunk(6, -1)
-            dn = norm_tangent(n_a, r_a, dh)
-            dx = dn * (1 + scale_a) + torch.addcmul(dshift_a, n_a, dscale_a)
-            dq, dk, dv = self.split(F.linear(dx, self.qkv.weight), rotary)
-            context = k.shape[2] - dk.shape[2]  # its keys and values do not move
-            dk = F.pad(dk, (0, 0, context, 0))
-            dv = F.pad(dv, (0, 0, context, 0))
-            da = attention_tangent(q, k, v, dq, dk, dv).transpose(1, 2).flatten(2)
-            dh = dh + dgate_a * a + gate_a * F.linear(da, self.out.weight)
-            dn = norm_tangent(n_m, r_m, dh)
-            dx = dn * (1 + scale_m) + torch.addcmul(dshift_m, n_m, dscale_m)
-            dup = F.linear(dx, self.mlp[0].weight)
-            dact = torch.ops.aten.gelu_backward(dup, up, approximate="tanh")
-            dh = dh + dgate_m * m + gate_m * F.linear(dact, self.mlp[2].weight)
-        return out, dh
+        m = self.mlp(modulate(norm(h), shift_m, scale_m))
+        return torch.addcmul(h, gate_m, m), (k, v)
 
 
 class DiT(nn.Module):
@@ -379,32 +323,26 @@ class DiT(nn.Module):
         time = self.embed_times(s, t)
         keys, rotary = context or self.no_context(y)
         for block, past in zip(self.blocks, keys, strict=True):
-            h = self.call(block.forward, h, time, rotary, past)
+            h, _ = self.call(block.forward, h, time, rotary, past)
         shift, scale = self.final_modulation(time).chunk(2, -1)
-        return modulate(norm(h)[0], shift, scale)
+        return modulate(norm(h), shift, scale)
 
     def derivative(self, y, s, t, dy=None, ds=None, dt=None, context=None):
-        """One dual pass: (h_st with its graph, its derivative along (dy, ds, dt) without one).
+        """(h_st with its graph, its derivative along (dy, ds, dt) without one).
 
         dy = b_s(y) and ds = 1 give D_s of the Eulerian identity (25), dt = 1 gives d/dt of the
         Lagrangian one (24). The head turns dh into the derivative of the logits, linear in h.
         """
-        zeros = torch.zeros_like
-        time = self.embed_times(s, t)
-        with torch.no_grad():
-            tangents = (zeros(s) if ds is None else ds, zeros(t) if dt is None else dt)
-            _, dtime = torch.func.jvp(self.embed_times, (s, t), tangents)
-        h = y
-        dh = zeros(y) if dy is None else dy.to(y.dtype)
-        keys, rotary = context or self.no_context(y)
-        for block, past in zip(self.blocks, keys, strict=True):
-            h, dh = self.call(block.dual, h, dh, time, dtime, rotary, past)
-        n, r = norm(h)
-        shift, scale = self.final_modulation(time).chunk(2, -1)
-        with torch.no_grad():
-            dshift, dscale = F.linear(dtime, self.final_modulation.weight).chunk(2, -1)
-            dh = norm_tangent(n, r, dh) * (1 + scale) + torch.addcmul(dshift, n, dscale)
-        return modulate(n, shift, scale), dh
+        pairs = zip((y, s, t), (dy, ds, dt), strict=True)
+        tangents = [torch.zeros_like(x) if dx is None else dx.to(x.dtype) for x, dx in pairs]
+        _, dh = self.tangent((y, s, t), tuple(tangents), context)
+        return self(y, s, t, context), dh
+
+    @torch.no_grad()
+    def tangent(self, inputs, tangents, context):
+        """jvp of `forward`. No fused attention kernel has a forward mode, so plain operations."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(lambda *x: self(*x, context), inputs, tangents)
 
     def log_scale(self, s, t):
         """Learned weight w(s, t) of the loss exp(-w) loss + w: times (B, 1 or L) -> same shape."""
@@ -432,7 +370,7 @@ class DiT(nn.Module):
         rotary = self.cos[positions], self.sin[positions]
         context = []
         for block, earlier in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            h, keys = self.call(block.encode, h, time, rotary, earlier)
+            h, keys = self.call(block.forward, h, time, rotary, earlier, True)
             context.append(keys)
         return context
 
@@ -520,11 +458,10 @@ class DiT(nn.Module):
         self.compiled = "dynamic" if dynamic else "static"
         # Each mix of network, gradient, batch, context and size-1 dimensions is a version.
         torch._dynamo.config.recompile_limit = 64
-        # In `dual` the loop over chunks would make every size a version.
-        names = ("forward", "encode") if dynamic else ("forward", "dual", "encode")
+        torch._dynamo.config.specialize_float = True  # c and r of (45) are constants
         for block in self.blocks:
-            for name in names:
-                setattr(block, name, torch.compile(getattr(block, name), dynamic=dynamic))
+            block.forward = torch.compile(block.forward, dynamic=dynamic)
+        self.tangent = torch.compile(self.tangent, dynamic=dynamic)
 
 
 class Conditional:
@@ -583,26 +520,12 @@ def probabilities(z):
 def chunks(rows, width, device):
     """Cut `rows` rows of `width` values into slices of a power of two, each small enough to hold.
 
-    On a CPU a slice is 1/32 of the rows, but from 2^22 to 2^25 values. On CUDA it is about 1/128 of
-    the card's memory in float32 (4,096 rows of GPT-2's vocabulary on 80 GB): every chunk reads and
-    writes a whole (V, D) gradient. It does not depend on free memory, so that a run repeats.
+    2^23 values on a CPU, 2^27 elsewhere (0.5 GB in float32): large enough that adding a (V, D)
+    gradient once a slice costs little. It does not depend on free memory, so that a run repeats.
     """
-    if device.type == "cuda":
-        elements = torch.cuda.get_device_properties(device).total_memory // 512
-    else:
-        elements = min(max(rows * width // 32, 1 << 22), 1 << 25)
+    elements = 1 << (23 if device.type == "cpu" else 27)
     step = 1 << max(0, round(math.log2(elements / width)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-
-
-def add_product(total, a, b):
-    """total += a @ b, if possible without a temporary and without rounding the product first."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # not offered on a CPU: the product is rounded
-        total += a @ b
 
 
 def logit_chunks(h, head):
@@ -617,6 +540,10 @@ def logit_chunks(h, head):
 def maybe_compiled(function, compiled):
     """`function`, compiled once: for each shape ("static"), for all shapes ("dynamic"), or not."""
     return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
+
+
+# One row's loss: hidden vector h -> logits z = h headᵀ -> teacher q -> (loss, g = p - q) -> on the
+# way back at once g head, the gradient of h, and gᵀ h, that of the head.
 
 
 class RowLoss(NamedTuple):
@@ -638,24 +565,24 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, head, scale, divergence, c, r, compiled):
+    def forward(ctx, h, head, scale, row_loss, c, r, compiled):
         grad_h = torch.empty_like(h) if h.requires_grad else None
         grad_head = torch.zeros_like(head) if head.requires_grad else None
         low_h = in_autocast_dtype(h)
         low_head = in_autocast_dtype(head)
-        loss_of = maybe_compiled(weighted(divergence.function, c, r), compiled)
+        loss_of = maybe_compiled(chunk_loss, compiled)
         total = scale.new_zeros(())
         reports = []
         for rows in chunks(len(h), len(head), head.device):
-            inputs = (x[rows] for x in divergence.by_row)
+            inputs = (*(x[rows] for x in row_loss.by_row), *row_loss.shared)
             z = low_h[rows] @ low_head.T
-            loss, report, g = loss_of(z, scale[rows], *inputs, *divergence.shared)
+            loss, report, g = loss_of(row_loss.function, z, scale[rows], c, r, inputs)
             total += loss
             reports.append(report)
             if grad_h is not None:
                 grad_h[rows] = g @ low_head
             if grad_head is not None:
-                add_product(grad_head, g.T, low_h[rows])
+                grad_head += g.T @ low_h[rows]
         ctx.gradients = grad_h, grad_head
         return total, {name: torch.cat([part[name] for part in reports]) for name in reports[0]}
 
@@ -666,27 +593,22 @@ class HeadLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-@functools.cache  # so that torch.compile sees the same function at every step
-def weighted(function, c, r):
-    """HeadLoss between its products: (z, scale, *inputs) -> (weighted sum, report, gradient)."""
-
-    def chunk(z, scale, *inputs):
-        report, g = function(at_least_float32(z), *inputs)
-        adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
-        weight = scale * adaptive
-        report["weighted"] = adaptive * report["loss"]
-        return (weight * report["loss"]).sum(), report, g.mul_(weight[:, None]).to(z.dtype)
-
-    return chunk
+def chunk_loss(function, z, scale, c, r, inputs):
+    """HeadLoss between its products: the weighted sum, the report, and the gradient on z (n, V)."""
+    report, g = function(at_least_float32(z), *inputs)
+    adaptive = (report["distance"].square() + c) ** -r  # (45): w = (|q - p|^2 + c)^-r
+    weight = scale * adaptive
+    report["weighted"] = adaptive * report["loss"]
+    return (weight * report["loss"]).sum(), report, g.mul_(weight[:, None]).to(z.dtype)
 
 
-def head_loss(h, head, scale, divergence, c, r, compiled=False):
+def head_loss(h, head, scale, row_loss, c, r, compiled=False):
     """sum_i scale_i w_i loss_i, differentiable in h (N, D) and head (V, D), and a report per row.
 
     w_i = (distance_i^2 + c)^-r is the adaptive weight (45), a constant like scale (N,). The report
     {name: (N,)} has the plain "loss", "weighted" (w_i loss_i), and what the `RowLoss` adds.
     """
-    return HeadLoss.apply(h, head, scale, divergence, c, r, compiled)
+    return HeadLoss.apply(h, head, scale, row_loss, c, r, compiled)
 
 
 def entropy(p):
@@ -695,6 +617,8 @@ def entropy(p):
 
 
 # ------------------------------------------------------------------------------------------------
+# Machinery: skip at first reading.
+#
 # Randomness: a function of (seed, step, row of the global batch), however those rows are split.
 
 
@@ -795,48 +719,36 @@ def save_checkpoint(folder, content, keep):
         raise SystemExit(f"weights are not finite at step {step}: --resume with a lower --lr")
     with atomic_write(path, "wb") as file:
         torch.save(content, file)
-    # A newer checkpoint here can only be a corrupt one, which --resume skipped.
-    older = [p for p in checkpoints(folder) if step_of(p) < step]
-    for old in older[keep - 1 :]:
+    for old in checkpoints(folder)[keep:]:
         old.unlink()
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict, on the CPU; of a run's folder, the newest one that can be read."""
+    """A checkpoint's dict, on the CPU; of a run's folder, the newest one."""
     path = Path(path)
-    needed = {"model", "ema", "optimizer", "step", "model_config", "meta", "args"}
-    reasons = []
-    for candidate in checkpoints(path) if path.is_dir() else [path]:
-        try:
-            with zipfile.ZipFile(candidate) as archive:
-                if damaged := archive.testzip():  # torch.load does not compare checksums
-                    raise ValueError(f"{damaged} in it does not match its checksum")
-            checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
-            if missing := needed - checkpoint.keys():
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            reasons.append(f"{candidate} cannot be read ({reason})")
-            continue
-        if reasons:
-            print(f"{'; '.join(reasons)}; taking {candidate}", file=sys.stderr)
-        return checkpoint
-    found = "; ".join(reasons) or f"no checkpoint-STEP.pt in {path}"
-    raise SystemExit(f"{found}; train one, or name another checkpoint or run folder")
+    found = checkpoints(path) if path.is_dir() else [path]
+    if not found or not found[0].is_file():
+        raise SystemExit(f"no checkpoint at {path}: train one, or name another file or run folder")
+    try:
+        with zipfile.ZipFile(found[0]) as archive:  # torch.load does not compare checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it does not match its checksum")
+        return torch.load(found[0], map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        older = f"delete it to go on from {found[1]}" if len(found) > 1 else "name another"
+        raise SystemExit(f"{found[0]} cannot be read ({reason}): {older}") from None
 
 
 def load_model(path, device="cpu", **changes):
     """(DiT with the averaged weights in eval mode, the dict) of a checkpoint or a run's folder.
 
-    changes: entries of its `ModelConfig` to replace that no weight depends on, such as seq_len.
+    It needs "ema", "model_config", "meta" and "args" alone. changes: entries of its `ModelConfig`
+    to replace that no weight depends on, such as seq_len.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
-        model.load_state_dict(checkpoint["ema"], strict=True)
-    except (TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"{path} does not fit its own model_config: {reason}") from None
+    model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
+    model.load_state_dict(checkpoint["ema"], strict=True)
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
@@ -847,14 +759,6 @@ def commit():
         found = subprocess.run([*git, "--exclude=*", "--abbrev=40"], capture_output=True, text=True)
         return found.stdout.strip()
     return ""
-
-
-def weights_digest(state):
-    """A sha256 of the tensors in a state dict, to tell whether two networks are the same."""
-    digest = hashlib.sha256()
-    for tensor in state.values():
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def machine_flags(parser):

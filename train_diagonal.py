@@ -3,10 +3,9 @@
     torchrun --nproc_per_node=8 train_diagonal.py               # the paper's OpenWebText run
     python train_diagonal.py --data data/grammar --size tiny --steps 2000 --warmup 100 \\
         --batch-size 128                                        # minutes on a CPU
-    python train_diagonal.py @runs/NAME/flags.txt --out runs/again    # repeat a run
 
-Reads a folder made by prepare_data.py. Writes runs/DATA-diagonal/: config.json (flags, command
-line, versions), flags.txt, log.jsonl (one object a line) and checkpoint-STEP.pt.
+Reads a folder made by prepare_data.py. Writes runs/DATA-diagonal/: config.jsonl (a line for each
+start: flags, command, versions), log.jsonl and checkpoint-STEP.pt. --resume continues such a run.
 
 The objective comes first, then the one training loop, which distill.py uses with another objective:
 
@@ -21,7 +20,6 @@ import atexit
 import contextlib
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -62,7 +60,7 @@ from model import (
     resolve_machine,
     save_checkpoint,
 )
-from prepare_data import amount, below_one, fraction, natural, new_parser, positive, say
+from prepare_data import new_parser, positive, say
 
 # ------------------------------------------------------------------------------------------------
 # The objective.
@@ -91,8 +89,8 @@ def diagonal_loss(model, tokens, draw, power=0.5, target=None):
     h = model(y, t, t).flatten(0, 1)
     scale = torch.full((B * L,), 1 / (B * L), device=h.device)
     name = "diagonal_kl" if target else "diagonal_ce"
-    divergence = target(y, t) if target else RowLoss(cross_entropy, (tokens.flatten(),))
-    loss, report = head_loss(h, model.head, scale, divergence, 0.01, power, model.compiled)
+    row_loss = target(y, t) if target else RowLoss(cross_entropy, (tokens.flatten(),))
+    loss, report = head_loss(h, model.head, scale, row_loss, 0.01, power, model.compiled)
     return {"diagonal": loss}, {name: report["loss"].mean()}
 
 
@@ -148,38 +146,7 @@ def by_context(loss, networks, tokens, draw, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows of tokens, in an order that is a function of (seed, epoch).
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, rows):
-    """A permutation of range(rows)."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def take_rows(rows, vocab_size, seed, positions):
-    """Tokens int64 (n, L) at positions (n,) of the endless sequence of shuffled epochs."""
-    places = zip(*np.divmod(positions, len(rows)), strict=True)
-    index = [epoch_order(seed, int(epoch), len(rows))[place] for epoch, place in places]
-    tokens = rows[index].astype(np.int64)
-    if tokens.max() >= vocab_size:
-        found = f"the data hold token {tokens.max()}, beyond the vocabulary"
-        raise SystemExit(f"{found}: make them again with prepare_data.py --force")
-    return torch.from_numpy(tokens)
-
-
-# ------------------------------------------------------------------------------------------------
 # Gradients.
-
-
-def accumulate(root, leaves, earlier, gradient=None, retain_graph=False):
-    """The gradients of `root` in the leaves, added to the `earlier` ones (None: none yet)."""
-    for leaf, grad in zip(leaves, earlier, strict=True):
-        leaf.grad = grad
-    # Autocast off: each product goes back in the precision it had.
-    with torch.autocast(leaves[0].device.type, enabled=False):
-        root.backward(gradient, retain_graph=retain_graph)
-    return [leaf.grad for leaf in leaves]
 
 
 def gradients(params, objective, model, batches, surgery):
@@ -188,16 +155,11 @@ def gradients(params, objective, model, batches, surgery):
     batches: this rank's micro-batches, a list of (tokens, draw). Each loss is averaged over all
     micro-batches and ranks before the losses are added or, under surgery, projected.
     """
-    # The noise factor is computed once a step. Micro-batches see a detached copy, and the gradient
-    # that they leave on it goes back through the factor once, at the end.
-    held = model.held_factor  # stage 2 holds it for good: W is frozen
-    factor = model.noise_factor()
-    model.held_factor = factor.detach().requires_grad_(factor.requires_grad)
-    leaves = [*params, model.held_factor]
-    for leaf in leaves:
-        leaf.grad = None  # free the old gradients before allocating new ones
+    device = params[0].device.type
     by_loss = {}  # {loss: its gradients}, in order of priority
     scalars = {}
+    for p in params:
+        p.grad = None  # free the old gradients before allocating new ones
     for tokens, draw in batches:
         losses, report = objective(model, tokens, draw)
         report |= {f"loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -205,17 +167,16 @@ def gradients(params, objective, model, batches, surgery):
         if not surgery:
             losses = {"total": sum(losses.values())}
         for name, loss in losses.items():
-            earlier = by_loss.get(name, [None] * len(leaves))
-            by_loss[name] = accumulate(loss / len(batches), leaves, earlier)
+            earlier = by_loss.get(name, [None] * len(params))
+            for p, grad in zip(params, earlier, strict=True):
+                p.grad = grad
+            with torch.autocast(device, enabled=False):  # each product in the precision it had
+                (loss / len(batches)).backward()
+            by_loss[name] = [p.grad for p in params]
     parts = []
     for grads in by_loss.values():
-        *grads, factor_grad = grads
-        if factor_grad is not None:
-            # Retain the graph: with surgery each loss passes back through the same factor.
-            grads = accumulate(factor, params, grads, gradient=factor_grad, retain_graph=True)
         pairs = zip(params, grads, strict=True)
         parts.append(average([torch.zeros_like(p) if g is None else g for p, g in pairs]))
-    model.held_factor = held
     if surgery:
         conflicts = [remove_conflict(*pair) for pair in itertools.combinations(parts, 2)]
         scalars["conflict"] = torch.stack(conflicts).amax()
@@ -258,16 +219,18 @@ def remove_conflict(first, second):
 # The loop.
 
 SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
-VALIDATION = 1 << 40  # the seed of validation's noise, which no run trains with
+VAL_SEED = 1 << 40  # the seed of validation's noise, which no run trains with
+VAL_BATCHES = 2  # global batches a validation
 
 
-def train(args, ranks, model, objective, meta, critic=None):
+def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic=None):
     """Train `model` on args.data by `objective` up to args.steps steps, and write args.out.
 
-    ranks: from `start_ranks`. critic: a second network that the objective trains (distill.py --loss
-    dmd). It has a learning rate and clipping of its own, and Adam's first decay is then 0 for both.
-    Resuming changes no number. SIGTERM and SIGINT save and end the run after the current step, with
-    exit code 143.
+    ranks: from `start_ranks`. resumed: a checkpoint to continue, by which no number changes.
+    stage1: a frozen network, kept in each checkpoint. critic: a second network that the objective
+    trains (distill.py --loss dmd), with a learning rate and clipping of its own; Adam's first decay
+    is then 0 for both. SIGTERM and SIGINT save and end the run after the current step, with exit
+    code 143.
     """
     rank, world, device = ranks
     data = {split: prepare_data.read_rows(args.data, split, meta) for split in ("train", "val")}
@@ -285,10 +248,14 @@ def train(args, ranks, model, objective, meta, critic=None):
     betas = (0.0 if critic else 0.9, args.beta2)
     optimizer = torch.optim.Adam([{"params": group} for group in groups], betas=betas, fused=True)
     saved["optimizer"] = optimizer
-    start = restore(args, saved, meta) if args.resume else 0
-    check_ranks_agree(start, meta, args)
+    done = 0
+    if resumed:
+        done = resumed["step"]
+        for name, part in saved.items():
+            part.load_state_dict(resumed[name])
+    check_ranks_agree(done, meta)
     if rank == 0:
-        write_config(args, start)
+        write_config(args, done)
     for network in trained:
         network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -312,11 +279,19 @@ def train(args, ranks, model, objective, meta, critic=None):
         tokens = [t.to(device, non_blocking=True) for t in tokens]
         return [(t, Draw(seed, step, r, device)) for t, r in zip(tokens, own_rows, strict=True)]
 
-    log = Log(args, ranks, start, meta["seq_len"])
+    def save():
+        content = {name: part.state_dict() for name, part in saved.items()}
+        content |= {"stage1": stage1.state_dict()} if stage1 else {}
+        content |= {"step": done, "model_config": asdict(model.config)}
+        save_checkpoint(args.out, content | {"meta": meta, "args": plain(args)}, args.keep)
+
+    log = Log(args, ranks, done, meta["seq_len"])
     stop = catch_signals()
     reader = ThreadPoolExecutor(1)
-    next_tokens = reader.submit(load, "train", args.seed, start)
-    for step in range(start, args.steps):
+    next_tokens = reader.submit(load, "train", args.seed, done)
+    if rank == 0 and args.steps == 0:
+        save()  # an untrained network, for distill.py --joint
+    for step in range(done, args.steps):
         warm = (step + 1) / max(1, args.warmup)
         cool = (args.steps - step) / max(1, args.cooldown)
         for group, lr in zip(optimizer.param_groups, trained.values(), strict=True):
@@ -346,23 +321,21 @@ def train(args, ranks, model, objective, meta, critic=None):
         done = step + 1
         stopping = any_rank(stop)
         validate = done % args.val_every == 0 or done == args.steps
-        save = done % args.save_every == 0 or done == args.steps or stopping
-        if not (validate or save or done % args.log_every == 0):
+        saving = done % args.save_every == 0 or done == args.steps or stopping
+        if not (validate or saving or done % args.log_every == 0):
             continue
         extra = {"lr": optimizer.param_groups[0]["lr"]} | log.speed()
         if validate:
             totals = {}
             with torch.no_grad(), autocast:
-                for k in range(args.val_batches):  # the same rows and noise every time
-                    for tokens, draw in on_device(load("val", 0, k), VALIDATION, k):
+                for k in range(VAL_BATCHES):  # the same rows and noise every time
+                    for tokens, draw in on_device(load("val", 0, k), VAL_SEED, k):
                         add_to(totals, objective(ema, tokens, draw)[1])
-            scores = means(totals, args.val_batches * len(own_rows))
+            scores = means(totals, VAL_BATCHES * len(own_rows))
             extra |= {f"val_{name}": value for name, value in scores.items()}
         log.write(done, extra)  # ends the run if too many steps were skipped
-        if save and rank == 0:
-            content = {name: part.state_dict() for name, part in saved.items()}
-            content |= {"step": done, "model_config": asdict(model.config)}
-            save_checkpoint(args.out, content | {"meta": meta, "args": plain(args)}, args.keep)
+        if saving and rank == 0:
+            save()
         log.reset()  # the time for validating and saving is not a step's
         if stopping:
             log.say(f"stopped by a signal after step {done:,}, which is saved; --resume continues")
@@ -377,15 +350,8 @@ def train(args, ranks, model, objective, meta, critic=None):
 def catch_signals():
     """A list that stays empty until SIGTERM or SIGINT arrives."""
     caught = []
-
-    def handler(number, frame):
-        caught.append(number)
-        # A second one kills, but torchrun may forward a signal that its ranks have got already.
-        if "RANK" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+        signal.signal(number, lambda number, frame: caught.append(number))
     return caught
 
 
@@ -404,6 +370,29 @@ def means(sums, count):
 
 
 # ------------------------------------------------------------------------------------------------
+# Machinery: skip at first reading.
+#
+# Rows of tokens, in an order that is a function of (seed, epoch).
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, rows):
+    """A permutation of range(rows)."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def take_rows(rows, vocab_size, seed, positions):
+    """Tokens int64 (n, L) at positions (n,) of the endless sequence of shuffled epochs."""
+    places = zip(*np.divmod(positions, len(rows)), strict=True)
+    index = [epoch_order(seed, int(epoch), len(rows))[place] for epoch, place in places]
+    tokens = rows[index].astype(np.int64)
+    if tokens.max() >= vocab_size:
+        found = f"the data hold token {tokens.max()}, beyond the vocabulary"
+        raise SystemExit(f"{found}: make them again with prepare_data.py --force")
+    return torch.from_numpy(tokens)
+
+
+# ------------------------------------------------------------------------------------------------
 # The log.
 
 
@@ -412,14 +401,12 @@ class Log:
 
     def __init__(self, args, ranks, start, seq_len):
         self.args = args
-        self.seq_len = seq_len
-        self.rank, self.world, self.device = ranks
+        self.rank, world, self.device = ranks
+        self.tokens = args.batch_size * seq_len  # a step
         hidden = self.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(initial=start, total=args.steps, disable=hidden, unit="step")
         work = f"steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens"
-        self.say(f"{args.out}: {work}, on {self.world} x {self.device.type}, {args.dtype}")
-        if args.warmup + args.cooldown > args.steps:
-            self.say("--warmup and --cooldown exceed --steps: the learning rate stays below --lr")
+        self.say(f"{args.out}: {work}, on {world} x {self.device.type}, {args.dtype}")
         self.streak = torch.zeros((), device=self.device)  # bad steps in a row, up to now
         self.reset()
 
@@ -440,29 +427,23 @@ class Log:
     def write(self, done, extra):
         """Write a line, from rank 0. SystemExit after more than SKIP_LIMIT bad steps in a row."""
         sums = means(self.sums | {"streak": self.streak}, 1)
-        streak = sums.pop("streak")
-        if streak > SKIP_LIMIT:
+        if sums.pop("streak") > SKIP_LIMIT:
             bad = [name for name, value in means(self.latest, 1).items() if not np.isfinite(value)]
-            found = f"{bad[0]} is not finite at step {done} and {streak - 1:.0f} before"
+            found = f"{bad[0]} is not finite at step {done} and {SKIP_LIMIT} or more before"
             raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
         skipped = sums.pop("skipped")
         good = self.steps - skipped
         line = {"step": done} | {name: value / good for name, value in sums.items() if good}
-        if skipped:
-            line["skipped"] = skipped
-        line |= extra
+        line |= ({"skipped": skipped} if skipped else {}) | extra
         if self.rank > 0:
             return
-        try:
-            with open(self.args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
-        except OSError as error:
-            raise SystemExit(f"cannot write log.jsonl: {error}; make room, then --resume") from None
-        shown = ("diagonal", "consistency", "matching", "critic_kl", "clamped", "skipped")
-        shown += ("val_", "tokens")
-        numbers = [f"{k} {v:,.4g}" for k, v in line.items() if k.startswith(shown)]
+        with open(self.args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
+        hidden = ("loss_", "lr", "grad", "distance", "teacher", "peak", "seconds", "step")
+        shown = {name: value for name, value in line.items() if not name.startswith(hidden)}
+        numbers = [f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in shown.items()]
         left = tqdm.format_interval((self.args.steps - done) * line["seconds_per_step"])
         self.say("  ".join([f"step {done:,}/{self.args.steps:,}", *numbers, f"{left} left"]))
 
@@ -474,16 +455,14 @@ class Log:
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         seconds = (time.perf_counter() - self.clock) / self.steps
-        tokens = self.args.batch_size * self.seq_len
-        speed = {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
+        speed = {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds}
         return speed | {"peak_memory_gb": peak / 1e9}
 
     def say(self, text):
         """Print a line, above the progress bar, from rank 0."""
         if self.rank == 0:
             self.bar.clear()
-            with contextlib.suppress(SystemExit):  # stdout may be on a full disk
-                say(text)
+            say(text)
             self.bar.refresh()
 
 
@@ -493,8 +472,7 @@ class Log:
 
 def start_ranks(args):
     """(rank, world size, device) of this process; under torchrun it joins the process group."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = 0, 1
     device = torch.device(args.device)
     backend = "gloo"
     if args.device == "cuda":
@@ -503,16 +481,17 @@ def start_ranks(args):
         torch.cuda.set_device(device)
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:  # NCCL refuses a shared GPU
             backend = "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
+    if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
         # At exit, so that after a failure this rank's own message is printed first.
         atexit.register(dist.destroy_process_group)
-    rows = world * args.micro_batch
-    if args.batch_size % rows:
-        found = f"--batch-size {args.batch_size} is not a multiple of {rows}"
-        why = f"{world} ranks x --micro-batch {args.micro_batch}"
-        near = max(1, round(args.batch_size / rows)) * rows
-        raise SystemExit(f"{found} ({why}): try --batch-size {near}, or another --micro-batch")
+        rank, world = dist.get_rank(), dist.get_world_size()
+    rows = args.batch_size // world
+    if args.micro_batch is None:  # the largest divisor of this rank's rows, up to 64
+        args.micro_batch = max(n for n in range(1, min(64, max(1, rows)) + 1) if rows % n == 0)
+    if args.batch_size % (world * args.micro_batch):
+        found = f"--batch-size {args.batch_size} is not a multiple of {world} ranks"
+        raise SystemExit(f"{found} x --micro-batch {args.micro_batch}: change one of them")
     return rank, world, device
 
 
@@ -521,82 +500,48 @@ def plain(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
-# Flags that --resume may change. All others must be as they were.
-MAY_CHANGE = set(
-    "data out checkpoint stage1_checkpoint resume steps lr critic_lr warmup cooldown clip ema "
-    "micro_batch log_every val_every val_batches save_every keep device dtype compile "
-    "activation_checkpointing".split()
-)
+def check_ranks_agree(step, meta):
+    """SystemExit if the ranks differ in step or data: machines may not share their files."""
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (step, meta["sha256"]))
+        if any(other != found[0] for other in found):
+            raise SystemExit("the ranks differ in data or step: --data and --out must be shared")
 
 
-def check_ranks_agree(step, meta, args):
-    """SystemExit if the ranks differ in step, data or flags: machines may not share their files."""
-    if not dist.is_initialized():
-        return
-    folders = ("data", "out", "checkpoint", "stage1_checkpoint")  # may be mounted elsewhere
-    flags = {key: value for key, value in plain(args).items() if key not in folders}
-    text = repr((step, meta["sha256"], flags))
-    digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-    total = torch.tensor(digest, dtype=torch.int64)
-    dist.all_reduce(total)
-    if total != digest * dist.get_world_size():
-        raise SystemExit("the ranks differ in flags, data or step; give all the same, shared files")
+def read_resumed(args, meta, checkpoint=None):
+    """The newest checkpoint of args.out if args.resume, else None; says which flags have changed.
 
-
-def restore(args, saved, meta):
-    """Load the newest whole checkpoint of args.out into the objects `saved`; return its step.
-
-    Raises SystemExit if it belongs to another data set or run than the flags describe.
+    checkpoint: it, if it is read already. SystemExit if it is of other data, or at its end.
     """
-    checkpoint = read_checkpoint(args.out)
+    if not args.resume:
+        return None
+    checkpoint = checkpoint or read_checkpoint(args.out)
     prepare_data.same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
-    was = checkpoint["args"]
-    now = plain(args)
-    for key in ("loss", *now):  # stage 1 has no --loss
-        if key not in MAY_CHANGE and was.get(key) != now.get(key):
-            found = f"{args.out} was trained with {key} {was.get(key)!s:.60}"
-            advice = "resume with the same flags, or name another --out"
-            if key in ("start", "stage1"):
-                advice = "name the --checkpoint of then, perhaps an earlier checkpoint-STEP.pt"
-            raise SystemExit(f"{found}, not {now.get(key)!s:.60}; {advice}")
     if checkpoint["step"] >= args.steps:
         raise SystemExit(f"{args.out} is already at step {checkpoint['step']}; raise --steps")
-    for key in ("steps", "lr", "warmup", "cooldown", "clip", "ema", "keep"):
-        if was[key] != getattr(args, key):
-            say(f"resuming with --{key} {getattr(args, key)}; it was {was[key]}")
-    for name, part in saved.items():
-        part.load_state_dict(checkpoint[name])
-    return checkpoint["step"]
-
-
-def expanded(arguments):
-    """Command-line arguments, with the lines of a file in place of each @FILE."""
-    for argument in arguments:
-        if argument.startswith("@"):
-            yield from expanded(Path(argument[1:]).read_text().splitlines())
-        else:
-            yield argument
+    was = checkpoint["args"]
+    for key, value in plain(args).items():
+        if key not in ("resume", "micro_batch") and was.get(key) != value:
+            say(f"resuming with {key} {value}; it was {was.get(key)}")
+    return checkpoint
 
 
 def write_config(args, start):
-    """Write config.json and flags.txt, and keep the lines up to step `start` of an old log."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"cannot write {args.out}: {error.strerror}; change --out") from None
+    """Append this start to config.jsonl, and keep the lines up to step `start` of an old log."""
+    args.out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    config = {"args": plain(args), "command": sys.argv, "versions": versions, "commit": commit()}
-    flags = [flag for flag in expanded(sys.argv[1:]) if flag != "--resume"]
+    config = {"step": start, "args": plain(args), "command": sys.argv, "versions": versions}
+    with open(args.out / "config.jsonl", "a") as file:
+        file.write(json.dumps(config | {"commit": commit()}) + "\n")
     log = args.out / "log.jsonl"
     kept = []
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         with contextlib.suppress(ValueError, KeyError):  # a killed run may have cut a line short
             if json.loads(line)["step"] <= start:
-                kept.append(line)
-    files = {"config.json": [json.dumps(config, indent=1)], "flags.txt": flags, "log.jsonl": kept}
-    for name, lines in files.items():
-        with atomic_write(args.out / name) as file:
-            file.writelines(line + "\n" for line in lines)
+                kept.append(line + "\n")
+    with atomic_write(log) as file:
+        file.writelines(kept)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -608,22 +553,21 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     add = parser.add_argument_group("training").add_argument
     add("--data", type=Path, default=Path("data/owt"), help="data set made by prepare_data.py")
     add("--out", type=Path, help="folder to write (default: runs/DATA-diagonal or -LOSS)")
-    add("--steps", type=positive, default=steps, help=steps_help)
+    add("--steps", type=int, default=steps, help=steps_help)
     add("--batch-size", type=positive, default=512, help="rows a step, over all ranks")
     add("--micro-batch", type=positive, help="rows a rank takes at once (default: at most 64)")
-    add("--lr", type=amount, default=3e-4, help="learning rate of Adam")
-    add("--warmup", type=natural, default=2500, help="steps of linear warm-up of the learning rate")
-    add("--cooldown", type=natural, default=0, help="final steps, in which it falls linearly to 0")
-    add("--beta2", type=below_one, default=0.999, help="Adam's second decay")
-    add("--clip", type=amount, default=1.0, help="largest norm of the gradient; 0: no limit")
-    add("--ema", type=below_one, default=0.9999, help="decay per step of the averaged weights")
-    add("--seed", type=natural, default=0, help="seed of weights, row order, times and noise")
+    add("--lr", type=float, default=3e-4, help="learning rate of Adam")
+    add("--warmup", type=int, default=2500, help="steps of linear warm-up of the learning rate")
+    add("--cooldown", type=int, default=0, help="final steps, in which it falls linearly to 0")
+    add("--beta2", type=float, default=0.999, help="Adam's second decay")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--ema", type=float, default=0.9999, help="decay per step of the averaged weights")
+    add("--seed", type=int, default=0, help="seed of weights, row order, times and noise")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    add("--diagonal-power", type=fraction, default=0.5, help="r of (45); 0 is the plain loss")
+    add("--diagonal-power", type=float, default=0.5, help="r of (45); 0 is the plain loss")
     add = parser.add_argument_group("logging").add_argument
     add("--log-every", type=positive, default=100, help="steps between lines of log.jsonl")
     add("--val-every", type=positive, default=5000, help="steps between validations")
-    add("--val-batches", type=positive, default=2, help="batches of --batch-size rows a validation")
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
     add = parser.add_argument_group("speed and memory").add_argument
@@ -633,117 +577,72 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     machine_flags(parser)
 
 
-def context_flags(parser):
-    """The flags of conditional training, in both stages."""
+def model_flags(parser):
+    """The flags of a network trained from scratch, and of its contexts; stage 2 takes them over."""
+    add = parser.add_argument_group("model").add_argument
+    add("--size", choices=list(SIZES), default="base", help="network; base is the paper's 170M")
+    add("--schedule", choices=["argmax", "linear"], default="argmax", help="how to draw times (36)")
+    add("--schedule-blend", type=float, default=0.9, help="lambda of the argmax schedule")
+    text = "earlier positions first (38): the last's odds are exp(-LAG) the first's, up to +-8"
+    add("--position-lag", type=float, default=0.0, metavar="LAG", help=text)
+    add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
+    text = "start from the weights and shape of this checkpoint, of either stage (default: random)"
+    add("--init", type=Path, metavar="PATH", help=text)
     add = parser.add_argument_group("prompts").add_argument
     add("--context", choices=["block", "any"], help="learn after whole blocks, or any clean tokens")
     add("--block-size", type=positive, help="tokens written at once (default: all that follow)")
-    add("--context-dropout", type=fraction, help="share without it, for guidance (default: 0.1)")
-
-
-# The flags of a network trained from scratch; one that starts from a checkpoint has them from it.
-# The parser's defaults are None, so that a flag at its default value counts as given.
-MODEL_DEFAULTS = dict(
-    size="base", schedule="argmax", schedule_blend=0.9, position_lag=0.0, interpolant="linear"
-)
-
-
-def first_given(args, names):
-    """The first of these flags that is not None, as "--flag"; None if all are."""
-    given = [name for name in names if getattr(args, name) is not None]
-    return "--" + given[0].replace("_", "-") if given else None
-
-
-def fill_in(args, **defaults):
-    """Set the flags that are None to their defaults."""
-    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-
-
-def model_flags(parser):
-    """The flags that shape a network trained from scratch."""
-    add = parser.add_argument_group("model").add_argument
-    add("--size", choices=list(SIZES), help="(default: base, the paper's 170M)")
-    add("--schedule", choices=["argmax", "linear"], help="how to draw times (36) (default: argmax)")
-    add("--schedule-blend", type=fraction, help="lambda of the argmax schedule (default: 0.9)")
-    text = "earlier positions first (38): the last's odds are exp(-LAG) the first's (default: 0)"
-    add("--position-lag", type=prepare_data.number(float, -8, 8), metavar="LAG", help=text)
-    add("--interpolant", choices=list(INTERPOLANTS), help="the path (47) (default: linear)")
+    add("--context-dropout", type=float, default=0.1, help="share without it, for guidance")
 
 
 def parse_training_args(parser):
     """Parse, and fill in the defaults that depend on the machine."""
-    try:
-        args = parser.parse_args()
-    except (UnicodeDecodeError, RecursionError):
-        raise SystemExit("@FILE is not a text of flags, one argument a line") from None
+    args = parser.parse_args()
     resolve_machine(args)
-    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys():  # one process, whatever a cluster has set
-        for name in ("RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
     if args.compile is None:
         args.compile = args.device == "cuda"
-    if args.micro_batch is None:  # the largest divisor of this rank's rows, up to 64
-        rows = max(1, args.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
-        args.micro_batch = max(n for n in range(1, min(64, rows) + 1) if rows % n == 0)
     return args
 
 
-def check_run(args, seq_len):
-    """SystemExit for flags that contradict each other, the data, or a finished run."""
-    log = args.out / "log.jsonl"
-    if not args.resume and checkpoints(args.out):
+def check_new_run(args):
+    """SystemExit if args.out holds a run already, unless it is to be resumed."""
+    if not args.resume and (checkpoints(args.out) or (args.out / "log.jsonl").exists()):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
-    if not args.resume and log.exists() and log.stat().st_size:
-        found = f"{args.out} holds a run that has not saved a checkpoint"
-        raise SystemExit(f"{found}: delete it, or change --out")
-    size = args.block_size
-    if size and not args.context:
-        raise SystemExit(f"--block-size {size} needs --context block or any")
-    if args.context == "block" and not (size and size < seq_len and seq_len % size == 0):
-        raise SystemExit(f"--context block needs a --block-size that divides {seq_len}, not {size}")
 
 
 def new_model(args, meta):
     """A network from scratch, by the flags of `model_flags` and args.seed."""
     torch.manual_seed(args.seed)
-    path = {name: getattr(args, name) for name in MODEL_DEFAULTS if name != "size"}
+    path = dict(interpolant=args.interpolant, schedule=args.schedule)
+    path |= dict(schedule_blend=args.schedule_blend, position_lag=args.position_lag)
     return DiT(ModelConfig(meta["vocab_size"], meta["seq_len"], **SIZES[args.size], **path))
 
 
-def model_from(args, meta):
-    """The averaged weights of the checkpoint args.init, to go on with on rows of any length."""
-    path = args.out if args.resume else args.init
-    model, checkpoint = load_model(path, seq_len=meta["seq_len"])
-    prepare_data.same_tokens(path, checkpoint["meta"], args.data, meta)
-    vars(args).update({name: checkpoint["args"][name] for name in MODEL_DEFAULTS})
-    return model.train().requires_grad_(True)
-
-
 def main():
-    parser = new_parser(__doc__, fromfile_prefix_chars="@")  # @FILE: an argument a line
+    parser = new_parser(__doc__)
     training_flags(parser, steps=1_000_000)
-    context_flags(parser)
     model_flags(parser)
-    help = "start from the weights of this checkpoint or run, of either stage (default: random)"
-    parser.add_argument("--init", type=Path, metavar="PATH", help=help)
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
-    args.surgery = False
-    flag = first_given(args, MODEL_DEFAULTS)
-    if args.init and flag:
-        raise SystemExit(f"--init {args.init} has fixed {flag}: drop it, or drop --init")
-    if args.context_dropout is not None and not args.context:
-        raise SystemExit(f"--context-dropout {args.context_dropout} needs --context block or any")
-    fill_in(args, **MODEL_DEFAULTS, context_dropout=0.1)
     meta = prepare_data.read_meta(args.data)
-    check_run(args, meta["seq_len"])
-    model = model_from(args, meta) if args.init else new_model(args, meta)
+    size = args.block_size
+    if args.context == "block" and (not size or size == meta["seq_len"] or meta["seq_len"] % size):
+        raise SystemExit(f"--context block needs a --block-size that divides {meta['seq_len']}")
+    check_new_run(args)
+    resumed = read_resumed(args, meta)
+    if args.init:  # the averaged weights, to go on with on rows of any length
+        model, checkpoint = load_model(args.out if resumed else args.init, seq_len=meta["seq_len"])
+        prepare_data.same_tokens(args.init, checkpoint["meta"], args.data, meta)
+        model.train().requires_grad_(True)
+    else:
+        model = new_model(args, meta)
+    if resumed and resumed["model_config"] != asdict(model.config):
+        raise SystemExit(f"{args.out} has another network than these flags: resume it with its own")
     loss = functools.partial(diagonal_loss, power=args.diagonal_power)
 
     def objective(model, tokens, draw):
         return by_context(loss, [model], tokens, draw, args)
 
-    train(args, start_ranks(args), model, objective, meta)
+    train(args, start_ranks(args), model, objective, meta, resumed)
 
 
 if __name__ == "__main__":
