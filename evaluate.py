@@ -31,30 +31,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import prepare_data
+import sample
 from model import Draw, atomic_write, commit, logit_chunks, resolve_machine
-from prepare_data import (
-    decode,
-    encoder,
-    grammar_entropy,
-    grammar_log_prob,
-    new_parser,
-    positive,
-    read_meta,
-    read_rows,
-    reason,
-    same_tokens,
-    say,
-)
-from sample import (
-    check_output,
-    choose,
-    draw_samples,
-    generate,
-    in_batches,
-    load_sampler,
-    sampling_flags,
-    uniforms,
-)
+from prepare_data import decode, encoder, positive, read_meta, read_rows, reason, same_tokens, say
+from sample import check_output, choose, draw_samples, generate, in_batches, load_sampler
 
 # ------------------------------------------------------------------------------------------------
 # Generative perplexity.
@@ -183,13 +164,13 @@ def entropies(rows):
 
 def grammar_scores(rows, train_rows):
     """(Whether each row is grammatical, float (N,); exact scores of those that are, a dict)."""
-    log_probs = np.array([grammar_log_prob(row) for row in rows])
+    log_probs = np.array([prepare_data.grammar_log_prob(row) for row in rows])
     grammatical = np.isfinite(log_probs)
     good = [np.asarray(rows[i], np.uint16).tobytes() for i in np.flatnonzero(grammatical)]
     seen = {row.tobytes() for row in np.asarray(train_rows, np.uint16)}
     return grammatical.astype(float), {
         "nll": float(-log_probs[grammatical].mean()) if good else None,  # nats a sentence
-        "source_entropy": grammar_entropy(),
+        "source_entropy": prepare_data.grammar_entropy(),
         "distinct": len(set(good)) / max(1, len(good)),
         "in_training": sum(row in seen for row in good) / max(1, len(good)),
     }
@@ -244,7 +225,7 @@ def draw_at_entropy(target, model, nfe, count, batch_size, seed, dtype, **how):
     def evaluate(model, B, normal):
         fresh = functools.partial(normal, model.config.seq_len)
         hidden = generate(model, fresh(), nfe, normal=fresh, **how)
-        return [(weight, h.to(low)) for weight, h in hidden], uniforms(fresh())
+        return [(weight, h.to(low)) for weight, h in hidden], sample.uniforms(fresh())
 
     kept = in_batches(evaluate, model, count, batch_size, seed, dtype)
     head = model.head.to(low)
@@ -401,7 +382,7 @@ def bound_row(name, folder, model, val, meta, args):
         "perplexity": math.exp(nats.mean()),
     }
     if meta["tokenizer"] == "grammar":  # the exact likelihood of the same rows
-        log_probs = [grammar_log_prob(ids) for ids in rows]
+        log_probs = [prepare_data.grammar_log_prob(ids) for ids in rows]
         row["source"] = -float(np.mean(log_probs)) / tokens_per_row
     return row
 
@@ -481,7 +462,7 @@ def write_scores(args, loaded, sets, results, bounds):
 
 
 def parse_args():
-    parser = new_parser(__doc__)
+    parser = prepare_data.new_parser(__doc__)
     add = parser.add_argument
     paths = dict(type=Path, nargs="+", default=[])
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
@@ -495,7 +476,7 @@ def parse_args():
     add("--output", type=Path, help=text)
     add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
     add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
-    sampling_flags(parser, count=1024, several=True)
+    sample.sampling_flags(parser, count=1024, several=True)
     parser.set_defaults(nfe=None)
     args = parser.parse_args()
     resolve_machine(args)

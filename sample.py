@@ -232,12 +232,12 @@ def check_context(args, trained):
     """SystemExit if the model cannot continue the prompt. trained: the flags of its training."""
     if not trained.get("context"):
         found = f"{args.checkpoint} was trained without --context"
-        raise SystemExit(f"--prompt: {found}; give a model trained with --context any or block")
+        raise SystemExit(f"{found}; --prompt needs a model trained with --context any or block")
+    dropout = trained["context_dropout"]
     guided = trained.get("guidance", 1)
-    if args.guidance != 1 and (guided != 1 or not trained["context_dropout"]):
-        found = f"trained with --context-dropout {trained['context_dropout']}, guidance {guided}"
-        expected = "expected context dropout, and no guidance distilled into it"
-        raise SystemExit(f"--guidance: {args.checkpoint} was {found}; {expected}; drop --guidance")
+    if args.guidance != 1 and (guided != 1 or not dropout):
+        found = f"{args.checkpoint} has --context-dropout {dropout} and --guidance {guided}"
+        raise SystemExit(f"{found}, expected some dropout and guidance 1; drop --guidance here")
 
 
 def prompt_writer(args, meta, trained):
@@ -279,7 +279,7 @@ def sampling_flags(parser, count, several=False):
     machine_flags(parser)
 
 
-def parse_args():
+def main():
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
@@ -294,11 +294,6 @@ def parse_args():
     resolve_machine(args)
     if args.output:
         check_output("--output", args.output, ".jsonl")
-    return args
-
-
-def main():
-    args = parse_args()
     model, checkpoint, euler = load_sampler(args.checkpoint, args.device)
     meta = checkpoint["meta"]
     how = dict(euler=euler, gamma=args.gamma, temperature=args.temperature, dtype=args.dtype)
