@@ -32,41 +32,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import prepare_data
-from model import (
-    Draw,
-    atomic_write,
-    commit,
-    in_autocast_dtype,
-    logit_chunks,
-    resolve_machine,
-    weights_digest,
-)
-from prepare_data import decode, encoder, number, positive, read_meta, read_rows, reason, say, utf8
-from sample import check_output, choose, draw_samples, load_sampler, sampling_flags
+import sample
+from model import Draw, atomic_write, commit, logit_chunks, resolve_machine
+from prepare_data import decode, encoder, positive, read_meta, read_rows, reason, same_tokens, say
+from sample import check_output, choose, draw_samples, generate, in_batches, load_sampler
 
 # ------------------------------------------------------------------------------------------------
 # Generative perplexity.
-
-
-def load_judge(name, device):
-    """(causal language model in float32, tokenizer) from a folder or the hub."""
-    try:
-        import transformers
-    except ImportError:
-        raise SystemExit("gen-PPL needs transformers: pip install -e '.[eval]'") from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        judge = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # hub client, tokenizer and weights each raise their own kinds
-        advice = "give a folder, or a hub name and a network"
-        raise SystemExit(f"--judge {name}: {reason(error)}; {advice}") from None
-    return judge.to(device).eval(), tokenizer
-
-
-def judge_ids(texts, tokenizer, max_length):
-    """The judge's token ids of each text, a list each, cut at max_length."""
-    how = dict(add_special_tokens=False, truncation=True, max_length=max_length)
-    return tokenizer(texts, **how)["input_ids"]
 
 
 @torch.no_grad()
@@ -102,137 +74,6 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
             total = losses[counted].cpu().sum(dtype=torch.float64)
             scores[i] = total.item(), counted.sum().item()
     return scores
-
-
-# ------------------------------------------------------------------------------------------------
-# Other scores of samples, rows of token ids, and their intervals.
-
-
-def entropies(rows):
-    """-sum p log p in nats of each row's own token counts, padding included: (N,)."""
-    shares = [np.unique(row, return_counts=True)[1] / len(row) for row in rows]
-    return np.array([-(p * np.log(p)).sum() for p in shares])
-
-
-def grammar_scores(rows, train_rows):
-    """(Whether each row is grammatical, float (N,); exact scores of those that are, a dict)."""
-    log_probs = np.array([prepare_data.grammar_log_prob(row) for row in rows])
-    grammatical = np.isfinite(log_probs)
-    good = [np.asarray(rows[i], np.uint16).tobytes() for i in np.flatnonzero(grammatical)]
-    seen = {row.tobytes() for row in np.asarray(train_rows, np.uint16)}
-    return grammatical.astype(float), {
-        "nll": float(-log_probs[grammatical].mean()) if good else None,  # nats a sentence
-        "source_entropy": prepare_data.grammar_entropy(),
-        "distinct": len(set(good)) / max(1, len(good)),
-        "in_training": sum(row in seen for row in good) / max(1, len(good)),
-    }
-
-
-def ngrams(rows):
-    """Every run of 4 ids in rows (..., L) as one number, uint64 (..., L - 3): a 64-bit hash."""
-    rows = np.asarray(rows, np.uint64)
-    count = max(0, rows.shape[-1] - 3)
-    key = np.uint64(0)
-    for i in range(4):
-        key = key * np.uint64(0x9E3779B97F4A7C15) + rows[..., i : i + count] + np.uint64(1)
-    return key
-
-
-def diversity(rows, known=None):
-    """Shares of the samples' 4-grams: distinct ones, and those in `known`, hashes by `ngrams`.
-
-    None if there are no 4-grams, or if `known` is None.
-    """
-    grams = np.concatenate([ngrams(row) for row in rows])
-    distinct = len(np.unique(grams)) / len(grams) if len(grams) else None
-    copied = float(np.isin(grams, known).mean()) if len(grams) and known is not None else None
-    return {"distinct_4": distinct, "copied_4": copied}
-
-
-def resamples(count, repeats=1000):
-    """Bootstrap weights (1 + repeats, count): ones, then how often a resample draws each sample."""
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=repeats)
-    return np.concatenate([np.ones((1, count)), drawn])
-
-
-def estimate(values):
-    """(value, 95% interval) from a statistic of each row of `resamples`, the first being all data.
-
-    (None, None) if the value is not finite; the interval is None if that of a resample is not.
-    """
-    if not np.isfinite(values).all():
-        return (float(values[0]) if np.isfinite(values[0]) else None), None
-    return float(values[0]), np.quantile(values[1:], [0.025, 0.975]).tolist()
-
-
-# ------------------------------------------------------------------------------------------------
-# Samples that are not a model's.
-
-
-def to_ids(texts, meta):
-    """Token ids (n,) of each text, cut at L; on the grammar padded to L, and not cut."""
-    encode = encoder(meta)
-    L = meta["seq_len"]
-    rows = [encode(text) for text in texts]
-    if meta["tokenizer"] == "grammar":
-        rows = [row + [meta["pad_id"]] * (L - len(row)) for row in rows]
-    else:
-        rows = [row[:L] for row in rows]
-    return [np.array(row, np.int64) for row in rows]
-
-
-def control_rows(meta, train, val, count, seed):
-    """{name: rows of ids}: validation rows, their words shuffled, and unigram draws, `count` each.
-
-    BOS and EOS stay in place. Shuffled text is tokenised again: its rows differ in length.
-    """
-    rng = np.random.default_rng([seed, 1])
-    frame = int(meta["bos_id"] is not None)
-    inner = slice(frame, meta["seq_len"] - frame)
-    real = val[np.sort(rng.permutation(len(val))[:count])].astype(np.int64)
-    texts = []
-    for row in real:
-        parts = re.split(r"(\s+)", decode(meta, row[inner]))  # words, with white space between
-        parts[::2] = rng.permutation(parts[::2])
-        texts.append("".join(parts))
-    pairs = zip(real, to_ids(texts, meta), strict=True)
-    size = inner.stop - frame
-    shuffled = [np.concatenate([row[:frame], ids[:size], row[inner.stop :]]) for row, ids in pairs]
-    counts = np.bincount(train[:, inner].ravel(), minlength=meta["vocab_size"])
-    unigram = real.copy()
-    unigram[:, inner] = rng.choice(len(counts), real[:, inner].shape, p=counts / counts.sum())
-    return {"validation rows": real, "their words shuffled": shuffled, "unigram draws": unigram}
-
-
-def json_text(number, line):
-    """The text of a line {"text": ...}; ValueError if there is none."""
-    try:
-        return utf8(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"line {number} has no string at the key 'text': {line:.40}") from None
-
-
-def read_samples(path, meta):
-    """(rows of ids, texts) from a file. Rows are None if no data set says how to tokenise."""
-    expected = "expected a .jsonl of {'text': ...}, or UTF-8 text with one sample a line"
-    try:
-        if path.suffix.lower() in (".json", ".csv", ".tsv"):
-            raise ValueError(f"found {path.suffix}")
-        whole = path.read_text(encoding="utf-8-sig")
-        texts = whole.removesuffix("\n").split("\n") if whole else []  # not at U+2028
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            texts = [json_text(number, line) for number, line in enumerate(texts, 1)]
-        elif re.match(r"""\s*(--- \d+ NFE|[\[\s]*{\s*["']|\[[\[\s]*["'])""", whole):
-            raise ValueError("found JSON, or the print-out of sample.py, whose --output is .jsonl")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--samples {path}: {reason(error)}; {expected}") from None
-    if not texts:
-        raise SystemExit(f"--samples {path} is empty; {expected}")
-    say(f"{path}: {len(texts)} samples, {sum(not text for text in texts)} of them empty")
-    try:
-        return (to_ids(texts, meta) if meta else None), texts
-    except SystemExit as error:
-        raise SystemExit(f"--samples {path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,34 +152,151 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     return r[1:, 0, r.shape[2] // 2].numpy(), bound
 
 
-def bound_row(name, folder, model, val, meta, args):
-    """The bound of args.bound rows of `val` at its best r*: a row of a table.
+# ------------------------------------------------------------------------------------------------
+# Other scores of samples, rows of token ids, and their intervals; equal entropy; controls.
 
-    In nats a token, without the BOS-EOS frame.
-    """
-    chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
-    rows = val[np.sort(chosen)]
-    tokens_per_row = meta["seq_len"] - 2 * (meta["bos_id"] is not None)
-    r, bound = likelihood_bound(model, rows, args.seed, args.batch_size)
-    best = bound.mean(1).argmin()
-    nats = bound[best] / tokens_per_row
-    row = {
-        "model": name,
-        "data": folder.name,
-        "rows": len(rows),
-        "r*": float(r[best]),
-        "nats_a_token": float(nats.mean()),
-        "standard_error": float(nats.std(ddof=1) / len(nats) ** 0.5) if len(nats) > 1 else None,
-        "perplexity": math.exp(nats.mean()),
+
+def entropies(rows):
+    """-sum p log p in nats of each row's own token counts, padding included: (N,)."""
+    shares = [np.unique(row, return_counts=True)[1] / len(row) for row in rows]
+    return np.array([-(p * np.log(p)).sum() for p in shares])
+
+
+def grammar_scores(rows, train_rows):
+    """(Whether each row is grammatical, float (N,); exact scores of those that are, a dict)."""
+    log_probs = np.array([prepare_data.grammar_log_prob(row) for row in rows])
+    grammatical = np.isfinite(log_probs)
+    good = [np.asarray(rows[i], np.uint16).tobytes() for i in np.flatnonzero(grammatical)]
+    seen = {row.tobytes() for row in np.asarray(train_rows, np.uint16)}
+    return grammatical.astype(float), {
+        "nll": float(-log_probs[grammatical].mean()) if good else None,  # nats a sentence
+        "source_entropy": prepare_data.grammar_entropy(),
+        "distinct": len(set(good)) / max(1, len(good)),
+        "in_training": sum(row in seen for row in good) / max(1, len(good)),
     }
-    if meta["tokenizer"] == "grammar":  # the exact likelihood of the same rows
-        log_probs = [prepare_data.grammar_log_prob(ids) for ids in rows]
-        row["source"] = -float(np.mean(log_probs)) / tokens_per_row
-    return row
+
+
+def ngrams(rows):
+    """Every run of 4 ids in rows (..., L) as one number, uint64 (..., L - 3): a 64-bit hash."""
+    rows = np.asarray(rows, np.uint64)
+    count = max(0, rows.shape[-1] - 3)
+    key = np.uint64(0)
+    for i in range(4):
+        key = key * np.uint64(0x9E3779B97F4A7C15) + rows[..., i : i + count] + np.uint64(1)
+    return key
+
+
+def diversity(rows, known=None):
+    """Shares of the samples' 4-grams: distinct ones, and those in `known`, hashes by `ngrams`.
+
+    None if there are no 4-grams, or if `known` is None.
+    """
+    grams = np.concatenate([ngrams(row) for row in rows])
+    distinct = len(np.unique(grams)) / len(grams) if len(grams) else None
+    copied = float(np.isin(grams, known).mean()) if len(grams) and known is not None else None
+    return {"distinct_4": distinct, "copied_4": copied}
+
+
+def resamples(count, repeats=1000):
+    """Bootstrap weights (1 + repeats, count): ones, then how often a resample draws each sample."""
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=repeats)
+    return np.concatenate([np.ones((1, count)), drawn])
+
+
+def estimate(values):
+    """(value, 95% interval) from a statistic of each row of `resamples`, the first being all data.
+
+    (None, None) if the value is not finite; the interval is None if that of a resample is not.
+    """
+    if not np.isfinite(values).all():
+        return (float(values[0]) if np.isfinite(values[0]) else None), None
+    return float(values[0]), np.quantile(values[1:], [0.025, 0.975]).tolist()
+
+
+def draw_at_entropy(target, model, nfe, count, batch_size, seed, dtype, **how):
+    """(temperature, ids): samples whose mean entropy is `target`; how: arguments of `generate`.
+
+    The temperature is the first of 0, 0.01, ..., 2 that reaches it; 2 if none does. The network
+    runs once. Only the choice of tokens is repeated, with the same uniforms, from the hidden
+    vectors of all samples, which stay on the device.
+    """
+    low = getattr(torch, dtype)
+
+    def evaluate(model, B, normal):
+        fresh = functools.partial(normal, model.config.seq_len)
+        hidden = generate(model, fresh(), nfe, normal=fresh, **how)
+        return [(weight, h.to(low)) for weight, h in hidden], sample.uniforms(fresh())
+
+    kept = in_batches(evaluate, model, count, batch_size, seed, dtype)
+    head = model.head.to(low)
+
+    def redraw(temperature):
+        parts = [choose(head, hidden, temperature, uniform) for hidden, uniform in kept]
+        return torch.cat(parts).cpu().numpy()
+
+    def entropy_at(n):
+        return entropies(redraw(n / 100)).mean()
+
+    temperature = bisect.bisect_left(range(200), target, key=entropy_at) / 100
+    return temperature, redraw(temperature)
+
+
+def to_ids(texts, meta):
+    """Token ids (n,) of each text, cut at L; on the grammar padded to L, and not cut."""
+    encode = encoder(meta)
+    L = meta["seq_len"]
+    rows = [encode(text) for text in texts]
+    if meta["tokenizer"] == "grammar":
+        rows = [row + [meta["pad_id"]] * (L - len(row)) for row in rows]
+    else:
+        rows = [row[:L] for row in rows]
+    return [np.array(row, np.int64) for row in rows]
+
+
+def control_rows(meta, train, val, count, seed):
+    """{name: rows of ids}: validation rows, their words shuffled, and unigram draws, `count` each.
+
+    BOS and EOS stay in place. Shuffled text is tokenised again: its rows differ in length.
+    """
+    rng = np.random.default_rng([seed, 1])
+    frame = int(meta["bos_id"] is not None)
+    inner = slice(frame, meta["seq_len"] - frame)
+    real = val[np.sort(rng.permutation(len(val))[:count])].astype(np.int64)
+    texts = []
+    for row in real:
+        parts = re.split(r"(\s+)", decode(meta, row[inner]))  # words, with white space between
+        parts[::2] = rng.permutation(parts[::2])
+        texts.append("".join(parts))
+    pairs = zip(real, to_ids(texts, meta), strict=True)
+    size = inner.stop - frame
+    shuffled = [np.concatenate([row[:frame], ids[:size], row[inner.stop :]]) for row, ids in pairs]
+    counts = np.bincount(train[:, inner].ravel(), minlength=meta["vocab_size"])
+    unigram = real.copy()
+    unigram[:, inner] = rng.choice(len(counts), real[:, inner].shape, p=counts / counts.sum())
+    return {"validation rows": real, "their words shuffled": shuffled, "unigram draws": unigram}
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables.
+# Machinery: skip at first reading
+
+
+def load_judge(name, device):
+    """(causal language model in float32, tokenizer) from a folder or the hub."""
+    try:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        judge = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # hub client, tokenizer and weights each raise their own kinds
+        advice = "give a folder, or a hub name and a network; needs pip install -e '.[eval]'"
+        raise SystemExit(f"--judge {name}: {reason(error)}; {advice}") from None
+    return judge.to(device).eval(), tokenizer
+
+
+def judge_ids(texts, tokenizer, max_length):
+    """The judge's token ids of each text, a list each, cut at max_length."""
+    how = dict(add_special_tokens=False, truncation=True, max_length=max_length)
+    return tokenizer(texts, **how)["input_ids"]
 
 
 class Scorer:
@@ -403,88 +361,53 @@ def table(rows):
     return "\n".join(lines)
 
 
-def parse_args():
-    parser = prepare_data.new_parser(__doc__)
-    add = parser.add_argument
-    paths = dict(type=Path, nargs="+", default=[])
-    add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
-    add("--samples", **paths, help="samples made elsewhere: .jsonl or text (default: none)")
-    add("--data", **paths, help="data sets for controls and the bound (default: as trained)")
-    add("--entropy", type=number(float, 0.01), help="draw at the temperature of this entropy, nats")
-    text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
-    add("--bound", type=positive, help=text)
-    text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"
-    add("--output", type=Path, help=text)
-    add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
-    add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
-    sampling_flags(parser, count=1024, several=True)
-    parser.set_defaults(nfe=None)
-    args = parser.parse_args()
-    if not args.checkpoint and not args.samples:
-        args.checkpoint = [Path("runs/owt-esd")]
-    for flag in ("nfe", "bound", "entropy"):
-        if vars(args)[flag] and not args.checkpoint:
-            raise SystemExit(f"--{flag} needs a model: name one with --checkpoint")
-    if args.nfe is None:
-        args.nfe = [] if args.bound else [1]
-    if len(args.data) > 1 and (args.nfe or args.samples):
-        raise SystemExit("several --data go with --bound, without --nfe and --samples")
-    resolve_machine(args)
-    if args.entropy and (any(args.temperature) or not args.nfe):
-        raise SystemExit("--entropy chooses the temperature: give --nfe, drop --temperature")
-    if not args.output:
-        last = (args.checkpoint or [Path()])[-1]
-        stem = "evaluation" if args.nfe or args.samples else "bound"
-        of_file = last.parent / f"{stem}-{last.stem}.json"
-        args.output = last / f"{stem}.json" if last.is_dir() else of_file
-    return args
+def bound_row(name, folder, model, val, meta, args):
+    """The bound of args.bound rows of `val` at its best r*: a row of a table.
 
-
-def draw_at_entropy(draw, target):
-    """(temperature, ids): samples whose mean entropy is `target`.
-
-    The temperature is the first of 0, 0.01, ..., 2 that reaches it; 2 if none does. The network
-    runs once. Only the draw of the last jump's tokens is repeated, with the same uniforms, from the
-    hidden vectors of all samples, which stay on the device.
+    In nats a token, without the BOS-EOS frame.
     """
-    kept = []
-
-    def keep(head, hidden, temperature, uniform):
-        hidden = [(weight, in_autocast_dtype(h)) for weight, h in hidden]
-        kept.append((in_autocast_dtype(head), hidden, uniform))
-        return torch.zeros(hidden[0][1].shape[:-1], dtype=torch.long)
-
-    draw(temperature=1.0, finish=keep)
-
-    def redraw(temperature):
-        parts = [choose(head, hidden, temperature, uniform) for head, hidden, uniform in kept]
-        return torch.cat(parts).cpu().numpy()
-
-    def entropy_at(n):
-        return entropies(redraw(n / 100)).mean()
-
-    temperature = bisect.bisect_left(range(200), target, key=entropy_at) / 100
-    return temperature, redraw(temperature)
+    chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
+    rows = val[np.sort(chosen)]
+    tokens_per_row = meta["seq_len"] - 2 * (meta["bos_id"] is not None)
+    r, bound = likelihood_bound(model, rows, args.seed, args.batch_size)
+    best = bound.mean(1).argmin()
+    nats = bound[best] / tokens_per_row
+    row = {
+        "model": name,
+        "data": folder.name,
+        "rows": len(rows),
+        "r*": float(r[best]),
+        "nats_a_token": float(nats.mean()),
+        "standard_error": float(nats.std(ddof=1) / len(nats) ** 0.5) if len(nats) > 1 else None,
+        "perplexity": math.exp(nats.mean()),
+    }
+    if meta["tokenizer"] == "grammar":  # the exact likelihood of the same rows
+        log_probs = [prepare_data.grammar_log_prob(ids) for ids in rows]
+        row["source"] = -float(np.mean(log_probs)) / tokens_per_row
+    return row
 
 
 def model_rows(args, scorer, name, model, euler, block_size):
     """Rows of the table for one model: every combination of NFE, gamma and temperature."""
     rows = []
     how = dict(batch_size=args.batch_size, seed=args.seed, dtype=args.dtype, euler=euler)
-    how["block_size"] = block_size
-    draw_samples(model, 1, min(args.batch_size, args.num_samples), **how)  # warm up
-    for nfe, gamma, temperature in itertools.product(args.nfe, args.gamma, args.temperature):
+    warm_up = min(args.batch_size, args.num_samples)
+    draw_samples(model, 1, warm_up, block_size=block_size, **how)
+    temperatures = [None] if args.entropy else args.temperature
+    for nfe, gamma, temperature in itertools.product(args.nfe, args.gamma, temperatures):
         if nfe == 1 and gamma != args.gamma[0]:
             continue  # gamma acts between jumps
-        draw = functools.partial(draw_samples, model, nfe, args.num_samples, gamma=gamma, **how)
+        how["gamma"] = gamma
         speed = {}
         if args.entropy:
-            temperature, ids = draw_at_entropy(draw, args.entropy)
+            count = args.num_samples
+            temperature, ids = draw_at_entropy(args.entropy, model, nfe, count, **how)
             if temperature in (0, 2):
                 say(f"{name}, {nfe} NFE: no temperature from 0 to 2 gives --entropy {args.entropy}")
         else:
+            more = dict(temperature=temperature, block_size=block_size)
             start = time.perf_counter()
-            ids = draw(temperature=temperature)
+            ids = draw_samples(model, nfe, args.num_samples, **how, **more)
             seconds = time.perf_counter() - start
             speed["seconds_per_1000"] = 1000 * seconds / len(ids)
         facts = dict(nfe=nfe, gamma=gamma, temperature=temperature)
@@ -493,26 +416,29 @@ def model_rows(args, scorer, name, model, euler, block_size):
     return rows
 
 
+def read_samples(path):
+    """The texts in a file: .jsonl has {"text": ...} on a line, any other a sample on a line."""
+    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # not at U+2028
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line)["text"] for line in lines if line]
+    if not any(lines):
+        expected = "expected a .jsonl of {'text': ...}, or one sample a line"
+        raise SystemExit(f"--samples {path} holds no text; {expected}")
+    return lines
+
+
 def data_sets(args, loaded):
     """{folder: (meta, train rows, validation rows)} of --data, or of what was trained on."""
-    folders = args.data or []
-    if not folders and loaded:
-        folders = [Path(loaded[-1][1]["args"]["data"])]
-        if not folders[0].is_dir():
-            found = f"{args.checkpoint[-1]} was trained on {folders[0]}, which is not here"
-            raise SystemExit(f"{found}: run from where it is, or name it with --data")
+    folders = args.data or [Path(saved["args"]["data"]) for _, saved, _ in loaded[-1:]]
+    keys = ["seq_len"] if args.data else ["seq_len", "sha256"]  # other rows must be asked for
     sets = {}
     for folder in folders:
         meta = read_meta(folder)
-        train, val = (read_rows(folder, split, meta) for split in ("train", "val"))
+        train = read_rows(folder, "train", meta)
         train = train[:: math.ceil(len(train) / 50_000) or 1]  # at most 50,000 rows, evenly spaced
-        if (largest := max(train.max(initial=0), val.max())) >= meta["vocab_size"]:
-            found = f"{folder} holds token {largest}, V is {meta['vocab_size']}"
-            raise SystemExit(f"{found}; {prepare_data.AGAIN}")
-        sets[folder] = meta, train, val
-        keys = ["seq_len"] if args.data else ["seq_len", "sha256"]  # others must be asked for
-        for path, (_, checkpoint, _) in zip(args.checkpoint, loaded, strict=True):
-            prepare_data.same_tokens(path, checkpoint["meta"], folder, meta, *keys)
+        sets[folder] = meta, train, read_rows(folder, "val", meta)
+        for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True):
+            same_tokens(path, saved["meta"], folder, meta, *keys)
     return sets
 
 
@@ -520,11 +446,10 @@ def write_scores(args, loaded, sets, results, bounds):
     """Write both tables and what they were made from as JSON, then print the tables."""
     facts = {"args": vars(args), "commit": commit(), "torch": torch.__version__}
     facts["threads"] = torch.get_num_threads()
-    if args.device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
+    facts["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     facts["data"] = {str(f.resolve()): meta["sha256"] for f, (meta, _, _) in sets.items()}
     facts["checkpoints"] = [
-        {"path": str(path), "step": saved["step"], "sha256": weights_digest(saved["ema"])}
+        {"path": str(path), "step": saved.get("step")}
         for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True)
     ]
     facts |= {"results": results, "bound": bounds}
@@ -536,6 +461,37 @@ def write_scores(args, loaded, sets, results, bounds):
     say(f"written to {args.output}")
 
 
+def parse_args():
+    parser = prepare_data.new_parser(__doc__)
+    add = parser.add_argument
+    paths = dict(type=Path, nargs="+", default=[])
+    add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
+    add("--samples", **paths, help="samples made elsewhere: .jsonl or text (default: none)")
+    text = "data sets, the first for controls, all for the bound (default: as trained)"
+    add("--data", **paths, help=text)
+    add("--entropy", type=float, help="draw at the temperature of this entropy, nats")
+    text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
+    add("--bound", type=positive, help=text)
+    text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"
+    add("--output", type=Path, help=text)
+    add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
+    add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
+    sample.sampling_flags(parser, count=1024, several=True)
+    parser.set_defaults(nfe=None)
+    args = parser.parse_args()
+    resolve_machine(args)
+    if not args.checkpoint and not args.samples:
+        args.checkpoint = [Path("runs/owt-esd")]
+    if args.nfe is None:
+        args.nfe = [] if args.bound else [1]
+    if not args.output:
+        last = (args.checkpoint or [Path()])[-1]
+        stem = "evaluation" if args.nfe or args.samples else "bound"
+        of_file = last.parent / f"{stem}-{last.stem}.json"
+        args.output = last / f"{stem}.json" if last.is_dir() else of_file
+    return args
+
+
 def main():
     args = parse_args()
     loaded = [load_sampler(path, args.device) for path in args.checkpoint]
@@ -545,18 +501,17 @@ def main():
         raise SystemExit("--bound and --entropy need models of whole rows, without --block-size")
     sets = data_sets(args, loaded)
     meta, train, val = next(iter(sets.values()), (None, None, None))
-    samples = [read_samples(path, meta) for path in args.samples]
+    samples = [read_samples(path) for path in args.samples]
     names = [p.name if p.is_dir() else f"{p.parent.name}/{p.stem}" for p in args.checkpoint]
     results = []
     if args.nfe or samples:
-        if meta and not len(train):
-            raise SystemExit(f"{args.data[0]} has no training rows for the controls: only --bound")
         scorer = Scorer(args, meta, train)
         blank = dict(sampler=None, nfe=None, gamma=None, temperature=None)
         if meta:
             for name, ids in control_rows(meta, train, val, args.num_samples, args.seed).items():
                 results.append(scorer.score(name, ids, **blank))
-        for path, (ids, texts) in zip(args.samples, samples, strict=True):
+        for path, texts in zip(args.samples, samples, strict=True):
+            ids = to_ids(texts, meta) if meta else None
             results.append(scorer.score(path.name, ids, texts, **blank))
         for name, (model, _, euler), size in zip(names, loaded, block_sizes, strict=True):
             results += model_rows(args, scorer, name, model, euler, size)
@@ -566,8 +521,6 @@ def main():
             for folder, (its_meta, _, its_val) in sets.items():
                 bounds.append(bound_row(name, folder, model, its_val, its_meta, args))
     write_scores(args, loaded, sets, results, bounds)
-    if unscored := [row["model"] for row in results if row.get("gen_ppl", 0) is None]:
-        raise SystemExit(f"nothing to score in {', '.join(unscored)}: no text has two tokens")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ the embedding: y of shape (B, L, D), not (B, L, V).
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import prepare_data
 from model import (
     Conditional,
     Draw,
@@ -31,59 +29,41 @@ from model import (
     resolve_machine,
     softmax,
 )
-from prepare_data import amount, decode, encoder, fraction, natural, new_parser, positive, real, say
+from prepare_data import decode, encoder, new_parser, positive, say
 
 # ------------------------------------------------------------------------------------------------
 # The sampler.
 
 
 @torch.no_grad()
-def generate(
-    model,
-    xi,
-    nfe,
-    euler=False,
-    gamma=0.0,
-    temperature=0.0,
-    guidance=1.0,
-    normal=None,
-    watch=None,
-    select=None,
-    finish=None,
-):
-    """Tokens (B, L), int64, from standard normals xi (B, L, model.noise_size), in `nfe` jumps.
+def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, after_jump=None):
+    """Jump `nfe` times from standard normals xi (B, L, model.noise_size), and return the last psi.
 
     A jump is X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The last one ends at data, where
-    X_s1 = psi_s1: the sample is the most probable tokens of psi.
+    X_s1 = psi_s1: a sample is its most probable tokens, or drawn from it, by `choose`. That takes
+    psi as returned here, pairs (weight, h) of hidden vectors h (B, L, D).
 
     euler: psi_ss for psi_st, as a diagonal can do; on the linear path Euler's method on (52).
     gamma: in [0, 1], renoises between jumps; 1 jumps to data each time (multistep consistency).
-    temperature: T > 0 draws tokens from psi^(1/T) of the last jump instead.
     guidance: see `branches`.
-    normal(): returns fresh normals like xi, for gamma and temperature.
-    watch(h): called with the hidden vectors (B, L, D) of each evaluation.
-    select(y, t): returns the states to continue with, after each jump but the last.
-    finish: turns the last hidden vectors into tokens, instead of `choose`, whose arguments it gets.
+    normal(): returns fresh normals like xi, for gamma.
+    after_jump(y, t, hidden): returns the states to go on with at time t, after every jump but the
+        last. hidden: the pairs of that jump.
     """
     y = model.embed_noise(xi)
     networks = branches(model, guidance)
     for k, (s, landing, t) in enumerate(jump_times(model, nfe, gamma, xi), 1):
         end = s if euler else landing
         hidden = [(weight, network(y, s, end)) for weight, network in networks]
-        if watch:
-            watch(hidden[0][1])
         if k == nfe:
             break
         psi_W = sum(weight * model.soft_embedding(h) for weight, h in hidden)
         y = model.path.flow_map(y, psi_W, s, landing)
         if gamma:
             y = renoise(model, y, landing, t, normal())
-        if select:
-            y = select(y, t)
-    uniform = None
-    if temperature:  # one uniform in [0, 1) for each position: Phi of a fresh normal
-        uniform = torch.special.ndtr(normal()[..., 0]).flatten().clamp(max=1 - 2**-24)
-    return (finish or choose)(model.head, hidden, temperature, uniform)
+        if after_jump:
+            y = after_jump(y, t, hidden)
+    return hidden
 
 
 def jump_times(model, nfe, gamma, like):
@@ -144,19 +124,32 @@ def choose(head, hidden, temperature=0.0, uniform=None):
     return torch.cat(tokens).view(hidden[0][1].shape[:-1])
 
 
+def uniforms(xi):
+    """One uniform in [0, 1) for each position, (B L,): Phi of the first of its normals."""
+    return torch.special.ndtr(xi[..., 0]).flatten().clamp(max=1 - 2**-24)
+
+
 # ------------------------------------------------------------------------------------------------
 # Whole rows, and text after a prompt. `normal(n)` returns standard normals (B, n, noise_size);
-# `how` are arguments of `generate`.
+# `how` are arguments of `generate`, and temperature.
+
+
+@torch.no_grad()
+def write_block(model, n, normal, temperature=0.0, **how):
+    """Tokens (B, n), written at once."""
+    fresh = functools.partial(normal, n)
+    hidden = generate(model, fresh(), normal=fresh, **how)
+    uniform = uniforms(fresh()) if temperature else None
+    return choose(model.head, hidden, temperature, uniform)
 
 
 def write_rows(model, B, normal, block_size=None, **how):
     """Tokens (B, L): whole rows, at once or, if the model was trained on blocks, block by block."""
     L = model.config.seq_len
-    if block_size:
-        nothing = torch.zeros(B, 0, dtype=torch.long, device=model.head.device)
-        return continue_text(model, nothing, L, block_size, normal, **how)
-    fresh = functools.partial(normal, L)
-    return generate(model, fresh(), normal=fresh, **how)
+    if not block_size:
+        return write_block(model, L, normal, **how)
+    nothing = torch.zeros(B, 0, dtype=torch.long, device=model.head.device)
+    return continue_text(model, nothing, L, block_size, normal, **how)
 
 
 @torch.no_grad()
@@ -170,7 +163,7 @@ def continue_text(model, tokens, length, block_size, normal, guidance=1.0, windo
     """
     window = window or model.config.seq_len
     start = 0  # where the window begins
-    encoded = 0  # up to where it is in `keys`
+    encoded = 0  # `keys` hold the tokens from `start` to here
     keys = None
     while tokens.shape[1] < length:
         written = tokens.shape[1]
@@ -181,36 +174,43 @@ def continue_text(model, tokens, length, block_size, normal, guidance=1.0, windo
         if written > encoded:
             keys = model.encode(tokens[:, encoded:], past=keys)
             encoded = written
-        fresh = functools.partial(normal, n)
         positions = torch.arange(written - start, written - start + n, device=tokens.device)
-        how["guidance"] = guidance if keys else 1.0
-        block = generate(Conditional(model, keys, positions), fresh(), normal=fresh, **how)
-        tokens = torch.cat([tokens, block], 1)
+        block = Conditional(model, keys, positions)
+        weight = guidance if keys else 1.0
+        new = write_block(block, n, normal, guidance=weight, **how)
+        tokens = torch.cat([tokens, new], 1)
     return tokens[:, :length]
 
 
-def draw_samples(model, nfe, count, batch_size, seed, dtype="float32", write=write_rows, **how):
-    """`count` samples: token ids, int64 numpy (count, L). Sample i depends only on (seed, i).
+def in_batches(write, model, count, batch_size, seed, dtype="float32", label="sampling"):
+    """[write(model, B, normal)] of batches of B, `count` samples in all.
 
-    write(model, B, normal, **how) makes a batch of B. how: arguments of `generate`.
+    The normals of sample i depend only on (seed, i).
     """
     device = model.head.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    parts = []
+    results = []
     starts = range(0, count, batch_size)
-    for first in tqdm(starts, desc=f"{nfe} NFE", unit="batch", leave=False, disable=None):
+    for first in tqdm(starts, desc=label, unit="batch", leave=False, disable=None):
         draw = Draw(seed, 0, np.arange(first, min(first + batch_size, count)), device)
 
         def normal(n, draw=draw):
             return draw.normal(n, model.noise_size)
 
         with autocast:
-            parts.append(write(model, len(draw.rows), normal, nfe=nfe, **how).cpu())
-    return torch.cat(parts).numpy()
+            results.append(write(model, len(draw.rows), normal))
+    return results
+
+
+def draw_samples(model, nfe, count, batch_size, seed, dtype="float32", write=write_rows, **how):
+    """`count` samples: token ids, int64 numpy (count, L). `write` makes a batch, given `how`."""
+    write = functools.partial(write, nfe=nfe, **how)
+    parts = in_batches(write, model, count, batch_size, seed, dtype, f"{nfe} NFE")
+    return torch.cat(parts).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------
-# The command line.
+# Machinery: skip at first reading
 
 
 def load_sampler(path, device):
@@ -221,46 +221,39 @@ def load_sampler(path, device):
     return model, checkpoint, "loss" not in checkpoint["args"]
 
 
-def sampling_flags(parser, count, several=False):
-    """The flags that sampling and evaluation share; with `several`, gamma and T take lists."""
-    knob = dict(nargs="+", default=[0.0]) if several else dict(default=0.0)
-    add = parser.add_argument_group("sampling").add_argument
-    add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations (jumps) a sample")
-    add("--num-samples", type=positive, default=count, help="sequences for each NFE")
-    add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
-    add("--seed", type=natural, default=0, help="seed of the noise")
-    add("--gamma", type=fraction, help="renoise between jumps: 0 never, 1 fully", **knob)
-    add("--temperature", type=amount, help="draw tokens from psi^(1/T); 0: most probable", **knob)
-    machine_flags(parser)
+def check_output(flag, path, suffix):
+    """SystemExit, before any work, if `path` cannot be written or has another suffix."""
+    if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
+        expected = f"expected a {suffix} file in a folder that exists and is writable"
+        raise SystemExit(f"{flag} {path}: {expected}; name another")
 
 
-def check_context(args, checkpoint):
-    """SystemExit if the model cannot do what --prompt or --guidance ask for."""
-    trained = checkpoint["args"].get("context")
-    found = f"{args.checkpoint} was trained with --context {trained}"
-    if args.prompt is None and (args.guidance != 1 or args.block_size or args.length):
-        raise SystemExit("--guidance, --block-size and --length need --prompt")
-    if args.prompt is not None and not trained:
-        raise SystemExit(f"--prompt needs --context any or block; {found}")
-    if args.guidance != 1 and not checkpoint["args"]["context_dropout"]:
-        raise SystemExit(f"--guidance: {args.checkpoint} was trained with --context-dropout 0")
-    if args.guidance != 1 and checkpoint["args"].get("guidance", 1) != 1:
-        raise SystemExit(f"{args.checkpoint} was distilled with guidance already: drop --guidance")
+def check_context(args, trained):
+    """SystemExit if the model cannot continue the prompt. trained: the flags of its training."""
+    if not trained.get("context"):
+        found = f"{args.checkpoint} was trained without --context"
+        raise SystemExit(f"{found}; --prompt needs a model trained with --context any or block")
+    dropout = trained["context_dropout"]
+    guided = trained.get("guidance", 1)
+    if args.guidance != 1 and (guided != 1 or not dropout):
+        found = f"{args.checkpoint} has --context-dropout {dropout} and --guidance {guided}"
+        raise SystemExit(f"{found}, expected some dropout and guidance 1; drop --guidance here")
 
 
 def prompt_writer(args, meta, trained):
-    """The `write` function of `draw_samples` for --prompt; `trained`: the flags of training."""
+    """The `write` of `draw_samples` for --prompt. trained: the flags of the model's training."""
     L = meta["seq_len"]
-    bos = [] if meta["bos_id"] is None else [meta["bos_id"]]
-    tokens = torch.tensor(bos + encoder(meta)(args.prompt), dtype=torch.long)
     length = args.length or L
     size = args.block_size or trained["block_size"] or L
+    bos = [] if meta["bos_id"] is None else [meta["bos_id"]]
+    tokens = torch.tensor(bos + encoder(meta)(args.prompt), dtype=torch.long)
+    found = f"the prompt has {len(tokens)} tokens, BOS included"
     if len(tokens) >= length:
-        raise SystemExit(f"the prompt has {len(tokens)} tokens: cut it below --length {length}")
+        raise SystemExit(f"{found}, and --length is {length}: shorten the prompt")
     whole = trained["block_size"] if trained["context"] == "block" else 1
     if len(tokens) % whole or size % whole:
-        found = f"the prompt has {len(tokens)} tokens, BOS included, and --block-size is {size}"
-        raise SystemExit(f"{found}: --context block learned multiples of {whole}")
+        expected = f"--context block learned multiples of {whole}; change the prompt or the blocks"
+        raise SystemExit(f"{found}, and --block-size is {size}: {expected}")
     # Framed rows end with EOS at position L - 1: a text that goes on must not use that position.
     window = L - whole if bos and length > L else L
     if length > L and size >= window:
@@ -273,12 +266,17 @@ def prompt_writer(args, meta, trained):
     return write
 
 
-def check_output(flag, path, suffix):
-    """SystemExit, before any work, if the result cannot be written to `path`."""
-    if path.suffix != suffix:
-        raise SystemExit(f"{flag} {path}: expected a name that ends in {suffix}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise SystemExit(f"{flag} {path}: expected a file in a folder that exists and is writable")
+def sampling_flags(parser, count, several=False):
+    """The flags that sampling and evaluation share; with `several`, gamma and T take lists."""
+    knob = dict(nargs="+", default=[0.0]) if several else dict(default=0.0)
+    add = parser.add_argument_group("sampling").add_argument
+    add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations (jumps) a sample")
+    add("--num-samples", type=positive, default=count, help="sequences for each NFE")
+    add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
+    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--gamma", type=float, help="renoise between jumps: 0 never, 1 fully", **knob)
+    add("--temperature", type=float, help="draw tokens from psi^(1/T); 0: most probable", **knob)
+    machine_flags(parser)
 
 
 def main():
@@ -286,26 +284,24 @@ def main():
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("runs/owt-esd"), help="a checkpoint or its folder")
     add("--output", type=Path, help="a .jsonl to write; NAME-NFE.jsonl if several --nfe")
-    add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", type=prepare_data.utf8, help="write on from here; needs --context any or block")
+    add = parser.add_argument_group("prompts; all need --prompt").add_argument
+    add("--prompt", help="write on from here; needs --context any or block")
     add("--length", type=positive, help="tokens in all, prompt included (default: the model's L)")
     add("--block-size", type=positive, help="tokens written at once (default: as trained)")
-    add("--guidance", type=real, default=1.0, help="weight of the context; 0 ignores it")
+    add("--guidance", type=float, default=1.0, help="weight of the context; 0 ignores it")
     sampling_flags(parser, count=4)
     args = parser.parse_args()
     resolve_machine(args)
     if args.output:
         check_output("--output", args.output, ".jsonl")
-    elif getattr(sys.stdout, "name", "") == os.devnull:  # closed, as by >&-
-        raise SystemExit("stdout is closed: name an --output")
     model, checkpoint, euler = load_sampler(args.checkpoint, args.device)
     meta = checkpoint["meta"]
-    check_context(args, checkpoint)
     how = dict(euler=euler, gamma=args.gamma, temperature=args.temperature, dtype=args.dtype)
-    if args.prompt is not None:
-        how["write"] = prompt_writer(args, meta, checkpoint["args"])
-    else:
+    if args.prompt is None:
         how["block_size"] = checkpoint["args"].get("block_size")
+    else:
+        check_context(args, checkpoint["args"])
+        how["write"] = prompt_writer(args, meta, checkpoint["args"])
     for nfe in args.nfe:
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, **how)
         texts = [decode(meta, row) for row in rows]

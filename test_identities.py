@@ -31,7 +31,7 @@ from model import (
     head_loss,
     schedule_table,
 )
-from sample import choose, continue_text, generate, renoise
+from sample import choose, continue_text, generate, renoise, uniforms
 
 torch.set_num_threads(1)  # small tensors; the other cores have tests of their own
 PATHS = [*INTERPOLANTS, "quadratic"]
@@ -368,13 +368,18 @@ def test_lagrangian_logit_form_loses_settled_mass():
 # The sampler and the likelihood bound, on the oracle.
 
 
+def sampled(model, xi, *jumps, **how):
+    """The most probable tokens at the end of the jumps of `generate`."""
+    return choose(model.head, generate(model, xi, *jumps, **how))
+
+
 def test_sampler_on_the_oracle():
     """With the true flow map any number of jumps lands where the integrated flow lands (18)."""
     oracle = Oracle(steps=250)
     tau, b = schedule_table("argmax", V, 0.9)
     oracle.times = lambda q: torch.from_numpy(np.interp(q, tau, b)) * 0.995  # almost to the end
     jumps = ((1, False), (3, False), (256, True))
-    one, three, euler = (generate(oracle, normals(64, L, V), *jump) for jump in jumps)
+    one, three, euler = (sampled(oracle, normals(64, L, V), *jump) for jump in jumps)
     assert torch.equal(one, three)
     assert shares(one).sum() == 1
     assert (euler == one).all(-1).double().mean() > 0.95
@@ -388,10 +393,10 @@ def test_renoising_on_the_oracle(gamma):
     generator = torch.Generator().manual_seed(0)
     normal = functools.partial(torch.randn, 4000, L, V, dtype=torch.float64, generator=generator)
     xi = normal()
-    tokens = generate(oracle, xi, 4, gamma=gamma, normal=normal)
+    tokens = sampled(oracle, xi, 4, gamma=gamma, normal=normal)
     error = (WEIGHTS * (1 - WEIGHTS) / 4000).sqrt()
     assert ((shares(tokens) - WEIGHTS).abs() < 4 * error).all()
-    assert (tokens == generate(oracle, xi, 4)).all(-1).double().mean() < 0.8  # fresh noise matters
+    assert (tokens == sampled(oracle, xi, 4)).all(-1).double().mean() < 0.8  # fresh noise matters
     p = oracle.path
     one = torch.ones(6, 1, V, dtype=torch.float64)
     kept, added = (renoise(oracle, a * one, T, U, (1 - a) * one)[:, 0, :1] for a in (1, 0))
@@ -412,8 +417,9 @@ def test_temperature():
         assert torch.allclose(share, expected, atol=1.5 / n)
     xi = normals(200, 5, model.noise_size)
     noise = functools.partial(torch.randn_like, xi)
-    cold, once, again = (generate(model, xi, 2, temperature=T, normal=noise) for T in (1e-6, 1, 1))
-    assert torch.equal(cold, generate(model, xi, 2))
+    hidden = generate(model, xi, 2)
+    cold, once, again = (choose(model.head, hidden, T, uniforms(noise())) for T in (1e-6, 1, 1))
+    assert torch.equal(cold, choose(model.head, hidden))
     assert 0.2 < (once != again).double().mean() < 1
 
 
@@ -663,7 +669,7 @@ def test_matching_descends_the_reverse_kl(excess):
 def one_step_kl(model):
     """KL(law of one-step samples || SHARES), where other pairs have a share of 1e-3 in all."""
     xi = Draw(9, 0, np.arange(4096), "cpu").normal(2, model.noise_size)
-    law = shares(generate(model, xi, 1), PAIRS)
+    law = shares(sampled(model, xi, 1), PAIRS)
     law = torch.cat([law, 1 - law.sum(0, keepdim=True)])
     truth = torch.cat([0.999 * SHARES, torch.tensor([0.001], dtype=torch.float64)])
     return (torch.xlogy(law, law) - torch.xlogy(law, truth)).sum()
@@ -766,7 +772,7 @@ def errors(model, euler=False):
     z = model(y, s.float(), (s if euler else t).float()) @ model.head.T
     kl = weighted_loss(z.double(), oracle.psi(x, s, t).clamp(min=0)).mean()
     xi = Draw(9, 0, np.arange(4096), "cpu").normal(2, model.noise_size)
-    return kl, (shares(generate(model, xi, 1, euler), PAIRS) - SHARES).abs().max()
+    return kl, (shares(sampled(model, xi, 1, euler), PAIRS) - SHARES).abs().max()
 
 
 @pytest.mark.parametrize("case", [("psd", 300, 3e-3), ("lsd", 350, 3e-3), ("esd", 400, 5e-4)])
@@ -1207,7 +1213,7 @@ def test_blocks_with_and_without_the_cache(omega, prompt):
         context = tokens[:, max(0, written + n - 12) :]
         c = context.shape[1]
         block = Conditional(model, model.encode(context) if c else None, torch.arange(c, c + n))
-        new = generate(block, normal(n), 2, guidance=omega if c else 1.0)
+        new = sampled(block, normal(n), 2, guidance=omega if c else 1.0)
         tokens = torch.cat([tokens, new], 1)
     assert torch.equal(ours, tokens[:, :22])
     row = continue_text(model, tokens[:, :prompt], 12, 12, start(), omega, nfe=2)
@@ -1221,7 +1227,7 @@ def test_guidance():
     given = Conditional(model, model.encode(tokens[:, :5]), torch.arange(5, 9))
     xi = start()(4)
     for omega, plain in ((0.0, given.without_context()), (1.0, given)):
-        assert torch.equal(generate(given, xi, 3, guidance=omega), generate(plain, xi, 3))
+        assert torch.equal(sampled(given, xi, 3, guidance=omega), sampled(plain, xi, 3))
 
     def guided(y, s, t):
         psi_c, psi_0 = (
@@ -1233,7 +1239,7 @@ def test_guidance():
     y = model.embed_noise(xi)
     y = model.path.flow_map(y, guided(y, s, t) @ model.embedding, s, t)
     expected = guided(y, t, end).argmax(-1)
-    assert torch.equal(generate(given, xi, 2, guidance=1.8), expected)
+    assert torch.equal(sampled(given, xi, 2, guidance=1.8), expected)
 
 
 # ------------------------------------------------------------------------------------------------

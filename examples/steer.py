@@ -1,4 +1,4 @@
-"""Steer samples by a reward, through the `select(y, t)` hook of `sample.generate`.
+"""Steer samples by a reward, through the `after_jump` hook of `sample.generate`.
 
     python examples/steer.py --checkpoint runs/grammar-psd --nfe 8 --strength 2
 
@@ -54,8 +54,8 @@ def resample(values, count):
     return chosen + args.particles * torch.arange(args.groups)[:, None]
 
 
-def select(y, t):
-    """Look ahead from the states y at time t: psi_t1, or psi_tt if no jumps were learned."""
+def look_ahead(y, t, hidden):
+    """Resample the states y at time t by psi_t1, or psi_tt if no jumps were learned."""
     global before
     end = model.times(torch.ones(1, 1, dtype=torch.float64)).to(t).expand_as(t)
     h = model(y, t, t if euler else end)
@@ -68,7 +68,7 @@ def select(y, t):
 how = {"euler": euler, "gamma": args.gamma}
 count = args.groups * args.particles
 plain = draw_samples(model, args.nfe, count, count, args.seed, **how)
-steered = draw_samples(model, args.nfe, count, count, args.seed, select=select, **how)
+steered = draw_samples(model, args.nfe, count, count, args.seed, after_jump=look_ahead, **how)
 chosen = resample(rewards(steered), 1).flatten()  # one particle of each group
 for name, samples in (("plain", plain), ("steered", steered[chosen])):
     texts = [decode(checkpoint["meta"], row) for row in samples]

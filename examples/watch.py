@@ -1,4 +1,4 @@
-"""Watch sequences crystallise out of noise, through the `watch(h)` hook of `sample.generate`.
+"""Watch sequences crystallise out of noise, through the `after_jump` hook of `sample.generate`.
 
     python examples/watch.py --checkpoint runs/grammar-psd --nfe 32 --output watch.gif
 
@@ -6,14 +6,15 @@ Each evaluation shows the most probable token of every position, coloured by its
 """
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import softmax
+from model import Draw, softmax
 from prepare_data import decode
-from sample import draw_samples, load_sampler
+from sample import generate, load_sampler
 
 # Five degrees of certainty: a colour of the terminal's 256, and the same one for the GIF.
 SHADES = [(241, "#626262"), (61, "#5f5faf"), (68, "#5f87d7"), (80, "#5fd7d7"), (195, "#d7ffff")]
@@ -39,9 +40,9 @@ def piece(token, p):
     return "".join(c if c.isprintable() else "↵" for c in text), SHADES[int(p * 4.999)]
 
 
-def watch(h):
+def show(hidden):
     title = f"evaluation {len(frames) + 1} of {args.nfe}"
-    best = [softmax(row @ model.head.T).max(-1) for row in h]
+    best = [softmax(row @ model.head.T).max(-1) for row in hidden[0][1]]
     sequences = [list(map(piece, tokens, psi)) for psi, tokens in best]
     frames.append((title, sequences))
     if sys.stdout.isatty():
@@ -52,8 +53,15 @@ def watch(h):
         print(f"{title}:", "".join(text for text, _ in sequences[0]).strip())
 
 
-how = {"euler": euler, "gamma": args.gamma, "watch": watch}
-draw_samples(model, args.nfe, args.rows, args.rows, args.seed, **how)
+def after_jump(y, t, hidden):
+    show(hidden)
+    return y
+
+
+draw = Draw(args.seed, 0, range(args.rows), "cpu")
+normal = functools.partial(draw.normal, model.config.seq_len, model.noise_size)
+how = {"euler": euler, "gamma": args.gamma, "normal": normal, "after_jump": after_jump}
+show(generate(model, normal(), args.nfe, **how))
 
 if args.output:
     import matplotlib.pyplot as plt
