@@ -623,6 +623,7 @@ def main():
     model_flags(parser)
     args = parse_training_args(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
+    args.surgery = False
     meta = prepare_data.read_meta(args.data)
     size = args.block_size
     if args.context == "block" and (not size or size == meta["seq_len"] or meta["seq_len"] % size):
