@@ -142,7 +142,7 @@ def finish(process, cwd, codes=(0,), seconds=200):
 
 TINY = ["--size", "tiny"]
 RUN = ["--device", "cpu", "--batch-size", "16", "--warmup", "2"]
-RUN += ["--log-every", "1", "--val-batches", "1"]
+RUN += ["--log-every", "1"]
 STAGES = {
     "diagonal": ["train_diagonal.py", *TINY],
     "context": ["train_diagonal.py", *TINY, "--context", "any", "--context-dropout", "0.2"],
@@ -150,15 +150,18 @@ STAGES = {
     "lsd": ["distill.py", "--loss", "lsd"],
     "esd": ["distill.py", "--loss", "esd", "--diagonal-from", "stage1", "--psd-share", "0.5"],
     "dmd": ["distill.py", "--loss", "dmd", "--diagonal-share", "0.25", "--critic-lr", "3e-3"],
-    "joint": ["distill.py", *TINY, "--loss", "esd", "--joint", "--position-lag", "1"],
+    "joint": ["distill.py", "--loss", "esd", "--joint"],
 }
 
 
 def train(work, out, *flags, stage="diagonal", run=python, **options):
     """A short run on the grammar into `out`; stage 2 starts from the run of stage 1 in `work`."""
     flags = [*STAGES[stage], "--data", work / "data/grammar", "--out", out, *RUN, *flags]
-    if stage in [*distill.TEACHERS, "dmd"] and "--checkpoint" not in flags:
-        flags += ["--checkpoint", work / "runs/grammar-diagonal"]
+    if stage not in ("diagonal", "context") and "--checkpoint" not in flags:
+        flags += [
+            "--checkpoint",
+            work / f"runs/{'new' if stage == 'joint' else 'grammar-diagonal'}",
+        ]
     return run(*flags, cwd=out.parent, **options)
 
 
@@ -224,6 +227,8 @@ def work(tmp_path_factory):
     python("prepare_data.py", "grammar", cwd=folder)
     flags = ["--data", "data/grammar", "--steps", 60, "--lr", "2e-3", "--val-every", 20]
     python("train_diagonal.py", *flags, *TINY, *RUN, cwd=folder)
+    flags = ["--data", "data/grammar", "--steps", 0, "--position-lag", 1, "--out", "runs/new"]
+    python("train_diagonal.py", *flags, *TINY, *RUN, cwd=folder)
     return folder
 
 
@@ -267,7 +272,7 @@ def test_the_whole_road(work, loss):
     assert expected <= line.keys()
     assert ("clamped" in line) == (loss == "esd")
     assert ("conflict" in line) == (loss == "psd")
-    assert json.loads((run / "config.json").read_text())["args"]["loss"] == loss
+    assert json.loads((run / "config.jsonl").read_text())["args"]["loss"] == loss
     stage1 = newest(work / "runs/grammar-diagonal")["ema"]
     student = newest(run)["model"]
     assert torch.equal(student["embedding"], stage1["embedding"])  # frozen
@@ -296,41 +301,57 @@ def test_the_whole_road(work, loss):
     assert evaluate.table(results) in out
 
 
-def test_matching_finds_its_stage_1(work, tmp_path):
-    """--loss dmd from a map: its stage 1 is the real denoiser; sampling leaves the critic out."""
-    train(work, tmp_path / "map", "--steps", 2, stage="psd")
-    flags = ["--steps", 2, "--lr", "3e-3", "--checkpoint", tmp_path / "map"]
-    train(work, tmp_path / "dmd", *flags, stage="dmd")
+def test_stage_2_carries_its_stage_1(work, tmp_path):
+    """A map resumes and goes on to dmd when its stage 1 has trained on, or is gone."""
+    stage1 = shutil.copytree(work / "runs/grammar-diagonal", tmp_path / "stage1")
+    known = newest(stage1)["ema"]
+    start_from = ["--checkpoint", stage1]
+    train(work, tmp_path / "whole", "--steps", 3, *start_from, stage="esd")
+    train(work, tmp_path / "map", "--steps", 2, *start_from, stage="esd")
+    train(work, stage1, "--steps", 62, "--resume")
+    train(work, tmp_path / "map", "--steps", 3, "--resume", *start_from, stage="esd")
+    assert_same_runs(tmp_path / "whole", tmp_path / "map")
+    shutil.rmtree(stage1)
+    flags = ["--lr", "3e-3", "--checkpoint", tmp_path / "map", "--steps"]
+    train(work, tmp_path / "dmd", *flags, 2, stage="dmd")
     line = log_lines(tmp_path / "dmd")[-1]
     expected = {"matching_distance", "critic_kl", "sample_entropy", "critic_grad_norm"}
     assert expected | {"diagonal_ce"} <= line.keys()
     saved = newest(tmp_path / "dmd")
-    assert Path(saved["args"]["stage1_checkpoint"]) == work / "runs/grammar-diagonal"
-    stage1, start = newest(work / "runs/grammar-diagonal"), newest(tmp_path / "map")
-    assert saved["args"]["stage1"] == model_file.weights_digest(stage1["ema"])
-    moved = [(saved["critic"]["head"] - stage1["ema"]["head"]).abs().max()]
-    moved.append((saved["model"]["head"] - start["ema"]["head"]).abs().max())
+    assert same(saved["stage1"], known)
+    moved = [(saved["critic"]["head"] - known["head"]).abs().max()]
+    moved.append((saved["model"]["head"] - newest(tmp_path / "map")["ema"]["head"]).abs().max())
     assert all(0 < step < 0.02 for step in moved)  # two steps of Adam from where each began
-    model_of, _, euler = sample.load_sampler(tmp_path / "dmd", "cpu")
+    shutil.rmtree(tmp_path / "map")
+    train(work, tmp_path / "dmd", *flags, 3, "--resume", stage="dmd")
+    model_of, saved, euler = sample.load_sampler(tmp_path / "dmd", "cpu")
     assert same(dict(model_of.state_dict()), saved["ema"])
     assert not euler
-    flags = [f"@{tmp_path}/dmd/flags.txt", "--steps", 3, "--resume"]
-    other = ["--checkpoint", work / "runs/grammar-diagonal"]  # the same stage 1, another start
-    assert "with start" in one_line(python("distill.py", *flags, *other, cwd=work, ok=False))
-    python("distill.py", *flags, cwd=work)
 
 
-def test_a_run_is_repeated_from_its_flags(work, tmp_path):
-    """@flags.txt trains the same weights, also after --resume; a flag given after it wins."""
-    a, b, c, d = (tmp_path / name for name in "abcd")
-    train(work, a, "--steps", 1, "--val-every", 1)
-    python("train_diagonal.py", f"@{a}/flags.txt", "--steps", 2, "--resume", cwd=tmp_path)
-    python("train_diagonal.py", f"@{a}/flags.txt", "--out", b, cwd=tmp_path)
-    assert newest(b)["step"] == 2
-    assert_same_runs(a, b)
-    train(work, c, "--steps", 1, stage="psd")
-    python("distill.py", f"@{c}/flags.txt", "--out", d, cwd=tmp_path)
-    assert_same_runs(c, d)
+def test_a_published_checkpoint_samples(work, tmp_path):
+    """Averaged weights, config, meta and flags are all that sampling and scoring need."""
+    saved = newest(work / "runs/grammar-diagonal")
+    kept = {name: saved[name] for name in ("ema", "model_config", "meta", "args")}
+    torch.save(kept, tmp_path / "small.pt")
+    flags = ["--nfe", 2, "--num-samples", 2, "--checkpoint"]
+    outputs = [
+        python("sample.py", *flags, path, cwd=work).stdout
+        for path in (tmp_path / "small.pt", work / "runs/grammar-diagonal")
+    ]
+    assert outputs[0] == outputs[1]
+    flags = ["--checkpoint", tmp_path / "small.pt", "--num-samples", 4, "--bound", 4, "--nfe", 1]
+    python("evaluate.py", *flags, cwd=work)
+
+
+def test_config_has_a_line_for_each_start(work, tmp_path):
+    """The step, the flags and the versions of each; resuming says what has changed."""
+    train(work, tmp_path / "run", "--steps", 1)
+    out = train(work, tmp_path / "run", "--steps", 2, "--lr", "1e-4", "--resume").stdout
+    assert "resuming with lr 0.0001; it was 0.0003" in out
+    lines = [json.loads(line) for line in (tmp_path / "run/config.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["args"]["lr"]) for line in lines] == [(0, 3e-4), (1, 1e-4)]
+    assert lines[0]["versions"]["torch"] == torch.__version__
 
 
 def test_examples(work, tmp_path):
@@ -378,7 +399,7 @@ def test_first_steps(work, tmp_path):
     tokens = train_diagonal.take_rows(rows, 52, 0, np.arange(16))
     for line in lines[:2]:  # of the averaged weights, on the same rows and noise every time
         model, _ = load_model(run / f"checkpoint-{line['step']}.pt")
-        draw = Draw(train_diagonal.VALIDATION, 0, np.arange(16), "cpu")
+        draw = Draw(train_diagonal.VAL_SEED, 0, np.arange(16), "cpu")
         _, report = train_diagonal.diagonal_loss(model, tokens, draw)
         assert line["val_diagonal_ce"] == pytest.approx(float(report["diagonal_ce"]), rel=1e-6)
 
@@ -434,7 +455,7 @@ def test_log_lines_and_kept_checkpoints(work, tmp_path, monkeypatch):
             values = [step[key] for step in steps if "skipped" not in step]
             assert line[key] == pytest.approx(np.mean(values)), key
     names = sorted(path.name for path in (tmp_path / "pairs").iterdir())
-    files = ["checkpoint-4.pt", "checkpoint-6.pt", "config.json", "flags.txt", "log.jsonl"]
+    files = ["checkpoint-4.pt", "checkpoint-6.pt", "config.jsonl", "log.jsonl"]
     assert names == files
 
 
@@ -588,7 +609,7 @@ def test_no_tensor_of_size_v(words, on_meta, monkeypatch):
 @pytest.mark.parametrize("stage", ["context", "psd", "esd", "dmd"])
 def test_ranks_and_micro_batches_change_nothing(work, tmp_path, stage):
     """One step by one rank, in four micro-batches, and by two ranks: one gradient and one log."""
-    flags = ["--steps", 1, "--val-batches", 2, "--clip", "1e9"]  # clipping would hide the scale
+    flags = ["--steps", 1, "--clip", "1e9"]  # clipping would hide the scale
     train(work, tmp_path / "whole", *flags, "--micro-batch", 16, stage=stage)
     flags += ["--micro-batch", 4]
     train(work, tmp_path / "micro", *flags, stage=stage)
@@ -662,13 +683,13 @@ def test_a_signal_saves_and_ends(work, tmp_path):
 
 
 def test_two_runs_in_one_folder(work, tmp_path):
-    """The second is refused once the first has logged a step, checkpoint or not."""
+    """The second is refused, checkpoint or not."""
     process = train(work, tmp_path / "run", "--steps", 100_000, run=start)
     wait_for_step(process, tmp_path / "run", 1)
-    config = (tmp_path / "run/config.json").read_text()
+    config = (tmp_path / "run/config.jsonl").read_text()
     done = train(work, tmp_path / "run", "--steps", 1, "--seed", 1, ok=False)
-    assert "holds a run that has not saved a checkpoint: delete it" in one_line(done)
-    assert (tmp_path / "run/config.json").read_text() == config
+    assert "holds a run: --resume it, delete it" in one_line(done)
+    assert (tmp_path / "run/config.jsonl").read_text() == config
     process.kill()
     process.wait()
 
@@ -681,19 +702,6 @@ def test_variables_of_a_cluster(work, tmp_path, monkeypatch):
             patch.setenv(name, value)
             train(work, tmp_path / name, "--steps", 1)
         assert_same_runs(tmp_path / "plain", tmp_path / name)
-
-
-def test_a_second_signal_ends_at_once():
-    """The first signal is noted; the second kills, whatever the step is doing."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        child = os.fork()
-        if not child:
-            caught = train_diagonal.catch_signals()
-            os.kill(os.getpid(), number)
-            if caught == [number]:
-                os.kill(os.getpid(), number)
-            os._exit(0)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found in /proc")
@@ -725,11 +733,15 @@ def test_two_ranks_end_together(work, tmp_path):
 
 
 def test_ranks_that_differ_are_refused(work, tmp_path):
-    """Ranks with other flags than the rest: all end with a line before the first step."""
-    bash = f'exec {sys.executable} "$0" "$@" --seed $RANK'
+    """Ranks that see other data than the rest: all end with a line before the first step."""
+    other = shutil.copytree(work / "data/grammar", tmp_path / "1/grammar")
+    shutil.copytree(other, tmp_path / "0/grammar")
+    meta = read_meta(other)
+    (other / "meta.json").write_text(json.dumps(meta | {"sha256": {"train": "", "val": ""}}))
+    bash = f'exec {sys.executable} "$0" "$@" --data {tmp_path}/$RANK/grammar'
     launcher = [*TORCHRUN, "--no-python", "bash", "-c", bash]
     process = train(work, tmp_path / "run", "--steps", 9, run=start, launcher=launcher)
-    assert "the ranks differ in flags" in finish(process, tmp_path, codes=range(1, 256))
+    assert "the ranks differ in data" in finish(process, tmp_path, codes=range(1, 256))
     assert not (tmp_path / "run").exists()
 
 
