@@ -305,7 +305,7 @@ def test_stage_2_carries_its_stage_1(work, tmp_path):
     """A map resumes and goes on to dmd when its stage 1 has trained on, or is gone."""
     stage1 = shutil.copytree(work / "runs/grammar-diagonal", tmp_path / "stage1")
     known = newest(stage1)["ema"]
-    start_from = ["--checkpoint", stage1]
+    start_from = ["--checkpoint", stage1, "--val-every", 1]
     train(work, tmp_path / "whole", "--steps", 3, *start_from, stage="esd")
     train(work, tmp_path / "map", "--steps", 2, *start_from, stage="esd")
     train(work, stage1, "--steps", 62, "--resume")
@@ -516,6 +516,8 @@ STEPS = [
 def step_on_meta(words, monkeypatch, B, config):
     """The step that a command line asks for, as a function without arguments."""
     args = resolved(words, monkeypatch)
+    vars(args).setdefault("context", None)
+    vars(args).setdefault("surgery", False)
     L = config.seq_len
     with torch.device("meta"):
         model, stage1, critic = (DiT(config).to("meta") for _ in range(3))
@@ -750,7 +752,7 @@ def test_ranks_that_differ_are_refused(work, tmp_path):
 
 
 def test_damaged_checkpoints(work, tmp_path):
-    """A flipped bit or a cut is refused in one line; --resume takes the checkpoint before."""
+    """A flipped bit or a cut is refused in one line, which names the checkpoint before."""
     run = tmp_path / "parts"
     flags = ["--save-every", 2, "--val-every", 2, "--steps"]
     train(work, tmp_path / "whole", *flags, 6, stage="esd")
@@ -767,19 +769,17 @@ def test_damaged_checkpoints(work, tmp_path):
         try:  # a bit in the padding between records harms nothing
             assert same(read_checkpoint(tmp_path / "x.pt"), whole), "damage that was not seen"
         except SystemExit as error:
-            assert re.search(r"x\.pt .+; .+", str(error))
+            assert re.search(r"x\.pt cannot be read .+: name another", str(error))
             refusals += 1
     assert refusals >= 27
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 255
     (run / "checkpoint-4.pt").write_bytes(damaged)
-    done = train(work, run, *flags, 6, "--resume", stage="esd")
-    assert re.search(r"checkpoint-4\.pt .*checksum", done.stderr)
+    done = train(work, run, *flags, 6, "--resume", stage="esd", ok=False)
+    assert re.search(r"checkpoint-4\.pt .*checksum.*checkpoint-2\.pt", one_line(done))
+    (run / "checkpoint-4.pt").unlink()
+    train(work, run, *flags, 6, "--resume", stage="esd")
     assert_same_runs(tmp_path / "whole", run)
-    for path in run.glob("*.pt"):
-        path.write_bytes(good[:99])
-    done = train(work, run, *flags, 9, "--resume", stage="esd", ok=False)
-    assert "checkpoint-6.pt" in one_line(done)
 
 
 def test_a_kill_during_a_write(tmp_path):
@@ -1622,42 +1622,28 @@ MISTAKES = [
     ("prepare_data.py owt --source short.txt", "--val-documents"),
     ("prepare_data.py file --source upper.txt --tokenizer char --val-documents -1", "[0, inf]"),
     ("prepare_data.py grammar --seed -1", "--seed"),
-    ("train_diagonal.py --data grammar --lr -1", "--lr"),
-    ("train_diagonal.py --data grammar --beta2 1", "--beta2"),
-    ("train_diagonal.py --data grammar --out short.txt", "short.txt"),
     ("train_diagonal.py --data empty", "--val-only"),
     ("train_diagonal.py --data listed", "meta.json"),
-    ("train_diagonal.py --data grammar --out joint --resume --position-lag 1", "loss esd"),
-    ("train_diagonal.py --data grammar --out map --resume --steps 9", "loss psd, not None"),
     ("distill.py --data grammar --loss esd --checkpoint guided", "is a map"),
     ("train_diagonal.py", "python prepare_data.py owt"),
     ("train_diagonal.py --data broken", "meta.json"),
     ("train_diagonal.py --data grammar --lr fast", "--lr"),
-    ("train_diagonal.py --data grammar --batch-size 10 --micro-batch 4", "try --batch-size 8"),
+    ("train_diagonal.py --data grammar --batch-size 10 --micro-batch 4", "--micro-batch 4"),
+    ("train_diagonal.py --data grammar --out trained --resume --size base --steps 99", "network"),
+    ("distill.py --data grammar --loss esd --checkpoint map", "is a map"),
     (f"train_diagonal.py --data grammar --device {ABSENT_DEVICE}", ABSENT_DEVICE),
     ("train_diagonal.py --data grammar --out trained", "--resume"),
     ("train_diagonal.py --data grammar --out absent --resume", "absent"),
     ("train_diagonal.py --data grammar --out trained --resume --steps 1", "--steps"),
-    ("train_diagonal.py --data grammar --out trained --resume --seed 1", "seed 0"),
     ("train_diagonal.py --data changed --out trained --resume", "differ in sha256"),
     ("evaluate.py --checkpoint trained --data lower --bound 1", "lower_case: None and False"),
-    ("train_diagonal.py @picture.png", "one argument a line"),
     ("train_diagonal.py --data grammar --context block --block-size 3", "--block-size"),
     ("distill.py --data grammar --loss psd", "runs/grammar-diagonal"),
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
     ("distill.py --data changed --loss psd --checkpoint trained", "sha256"),
-    ("distill.py --data grammar --loss psd --checkpoint trained --context any", "--context"),
-    ("distill.py --data grammar --loss psd --checkpoint trained --size base", "--size"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
     ("distill.py --data grammar --loss psd --micro-batch 1", "--diagonal-share"),
-    ("distill.py --data grammar --loss psd --checkpoint any --out guided --resume", "guided"),
     ("distill.py --data grammar --loss dmd --checkpoint trained --joint", "--joint"),
-    ("distill.py --data grammar --loss psd --stage1-checkpoint trained", "--loss dmd"),
-    ("distill.py --data grammar --loss psd --critic-lr 1e-3", "--loss dmd"),
-    (
-        "distill.py --data grammar --loss dmd --checkpoint map --stage1-checkpoint any",
-        "is not the stage 1 of map",
-    ),
     ("sample.py --checkpoint trained --output x.txt", ".jsonl"),
     ("sample.py --checkpoint any --prompt some --length 1", "shorten the prompt"),
     ("evaluate.py --samples blank.txt", "holds no text"),
@@ -1669,13 +1655,7 @@ MISTAKES = [
     ("evaluate.py --checkpoint block --data grammar --bound 4", "--block-size"),
     ("prepare_data.py grammar --out /", "mount point"),
     ("prepare_data.py file --source typed.jsonl other.jsonl --tokenizer char", "columns"),
-    ("train_diagonal.py --data grammar --context-dropout 0.5", "--context block or any"),
-    (
-        "distill.py --data grammar --loss dmd --checkpoint trained --stage1-checkpoint any",
-        "is not the stage 1 of trained",
-    ),
     ("evaluate.py --checkpoint nowhere", "nowhere cannot be read"),
-    ("distill.py --data grammar --loss dmd --checkpoint map", "--stage1-checkpoint"),
     ("distill.py --data grammar --loss dmd --checkpoint guided", "guidance"),
     ("evaluate.py --checkpoint trained --data cut", "train.bin"),
     ("evaluate.py --samples short.txt --judge ./nowhere", "nowhere"),
@@ -1709,9 +1689,6 @@ def mistaken(conditional, tmp_path_factory):
     flags = ["--data", "grammar", "--checkpoint", "gone", "--out", "map", "--steps", 1]
     python("distill.py", "--loss", "psd", *RUN, *flags, cwd=folder)
     shutil.rmtree(folder / "gone")
-    flags = ["--data", "grammar", "--out", "joint", "--steps", 1]
-    program, *joint = STAGES["joint"]
-    python(program, *joint, *RUN, *flags, cwd=folder)
     os.truncate(folder / "cut/train.bin", 1001)
     (folder / "blank.txt").write_text("\n\n")
     (folder / "empty.jsonl").write_text("")
