@@ -160,30 +160,39 @@ def local_files(sources):
         return None
     files = []
     for path in paths:
-        inside = [file for file in path.iterdir() if kind(file) in KINDS] if path.is_dir() else []
-        files += sorted(inside) or [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files += [file for file in inside if kind(file) in KINDS] or [path]
     for path in files:
         if kind(path) not in KINDS or not path.is_file():
-            expected = f"files that exist, of {', '.join(KINDS)}, folders of them, or a hub name"
-            raise SystemExit(f"--source {path}: no such file of text; expected {expected}")
+            expected = f"files that exist, of {', '.join(KINDS)}, or folders of them"
+            raise SystemExit(f"--source {path} is no file of text; expected {expected}")
     return files
 
 
 def read_file(path, column, documents):
-    """The records of one file."""
+    """The records of one file. In JSON a field may change its type from line to line."""
+    number = 0
     try:
         if kind(path) == ".parquet":
-            yield from parquet_records(path, column)
+            import pyarrow.parquet  # comes with datasets
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                columns = [column] if column in file.schema_arrow.names else None
+                for batch in file.iter_batches(1000, columns=columns):
+                    yield from batch.to_pylist()
             return
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: without a byte order mark
             if kind(path) == ".txt":
                 yield from ({column: text} for text in cut_text(file, documents))
-            else:
-                yield from json_records(file)
-    except (OSError, EOFError, ValueError) as error:  # damaged, or not what its name says
-        expected = f"expected a whole {kind(path)} file, text in UTF-8; convert it or leave it out"
-        raise SystemExit(f"cannot read {path}: {reason(error)}; {expected}") from None
+                return
+            for number, line in enumerate(file, 1):  # noqa: B007
+                if not line.isspace():
+                    yield dict(**json.loads(line))
+    except (OSError, EOFError, TypeError, ValueError) as error:
+        place = f"line {number} of {path}" if number else path
+        expected = f"it should be a whole {kind(path)} file, its text in UTF-8"
+        raise SystemExit(f"cannot read {place}: {reason(error)}; {expected}") from None
 
 
 def cut_text(file, documents):
@@ -205,83 +214,59 @@ def cut_text(file, documents):
         yield "".join(paragraph)
 
 
-def json_records(file):
-    """One JSON object a line; the types of their fields may change from line to line."""
-    for number, line in enumerate(file, 1):
-        if line.isspace():
-            continue
-        try:
-            yield dict(**json.loads(line))
-        except (TypeError, ValueError):
-            raise ValueError(f"line {number} is no JSON object: {line[:40]!r}") from None
-
-
-def parquet_records(path, column):
-    """The rows of one column, read in batches."""
-    import pyarrow.parquet  # comes with datasets
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if column not in (names := file.schema_arrow.names):
-            raise ValueError(f"--column {column} is none of {names}")
-        for batch in file.iter_batches(1000, columns=[column]):
-            yield from batch.to_pylist()
-
-
 def hub_records(args):
     """The records of the train split on the hub and, if any, those of validation or test."""
     import datasets
 
-    (name,) = args.source
     try:
-        found = datasets.load_dataset(path=name, name=args.config)
-        names = [split for split in ("train", "validation", "test") if split in found][:2]
+        found = datasets.load_dataset(path=args.source[0], name=args.config)
+        names = [name for name in ("train", "validation", "test") if name in found][:2]
         if not names:
-            raise ValueError(f"its splits are {[*found]}, expected train, validation or test")
-        return [found[split].select_columns([args.column]) for split in names]
+            raise ValueError(f"it has {[*found]}, expected train, validation or test")
+        return [found[name].select_columns([args.column]) for name in names]
     except Exception as error:  # datasets, huggingface_hub and httpx have no common class
         advice = "check the network, --config and --column, or give files with --source"
-        raise SystemExit(f"cannot load {name!r}: {reason(error)}; {advice}") from None
+        raise SystemExit(f"cannot load {args.source[0]!r}: {reason(error)}; {advice}") from None
 
 
 def texts(records, column):
     """The text of each record: "" where there is none, which is counted and reported."""
     record = {}
-    count = missing = halves = 0
+    counts = collections.Counter()
     for record in records:
-        count += 1
         text = record.get(column)
         if not isinstance(text, str):
-            missing += 1
             text = ""
+            counts["without"] += 1
         try:
             text.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, as JSON can escape it
-            halves += 1
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+            counts["halves"] += 1
+        counts["all"] += 1
         yield text
-    if count and missing == count:
-        raise SystemExit(f"no document has text in --column {column}; found {[*record]}")
-    if missing:
-        say(f"{missing:,} documents have no {column!r}: they count as empty")
-    if halves:
-        say(f"{halves:,} documents hold half a surrogate pair: it is replaced by U+FFFD")
+    if 0 < counts["all"] == counts["without"]:
+        raise SystemExit(f"no document has text in --column {column}, found {[*record]}")
+    if counts["without"]:
+        say(f"{counts['without']:,} documents have no {column!r}: they count as empty")
+    if counts["halves"]:
+        say(f"{counts['halves']:,} documents hold half a surrogate pair: it becomes U+FFFD")
 
 
 def hold_out(texts, count):
-    """Split off the last `count` texts. The second part reads what is left of the first."""
-    held = collections.deque()
+    """Split off the last `count` texts. They are known once the others have been read."""
+    held = collections.deque(itertools.islice(texts, count))
 
-    def all_but_last():
+    def others():
         for text in texts:
             held.append(text)
-            if len(held) > count:
-                yield held.popleft()
+            yield held.popleft()
 
     def last():
-        collections.deque(train, maxlen=0)  # not yet read with --val-only
+        collections.deque(train, maxlen=0)  # --val-only has not read it
         yield from held
 
-    train = all_but_last()
+    train = others()
     return [train, last()]
 
 
@@ -303,17 +288,22 @@ def build(args, folder):
     if not (train_rows or args.val_only) or not val_rows:
         advice = "add text, or lower --seq-len or --val-documents"
         raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
-    meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
-    meta |= dict(train_rows=train_rows, val_rows=val_rows)
-    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256))
     framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
     plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
-    meta["packing"] = plain.get(meta["tokenizer"], framed)
-    place = ("out", "force", "workers")  # change nothing in the rows
-    meta["settings"] = {key: value for key, value in vars(args).items() if key not in place}
-    with open(folder / "meta.json", "w", encoding="utf-8") as file:
-        file.write(json.dumps(meta, ensure_ascii=False) + "\n")
-        to_disk(file)
+    no_matter = ("out", "force", "workers")  # for the rows
+    meta = {
+        "name": args.name,
+        "source": args.source,
+        "seq_len": args.seq_len,
+        **tokenizer,
+        "train_rows": train_rows,
+        "val_rows": val_rows,
+        "sha256": {"train": train_sha256, "val": val_sha256},
+        "packing": plain.get(args.tokenizer, framed),
+        "settings": {key: value for key, value in vars(args).items() if key not in no_matter},
+    }
+    text = json.dumps(meta, ensure_ascii=False) + "\n"
+    (folder / "meta.json").write_text(text, encoding="utf-8")
     return meta
 
 
@@ -327,7 +317,6 @@ def pretrained(name, where=None):
     """The gpt2 or bert tokenizer; `where`, for bert alone, is a name on the hub or a folder."""
     try:
         if name == "gpt2":
-            os.environ["RUST_BACKTRACE"] = "0"  # out of memory, a backtrace hangs tiktoken
             import tiktoken
 
             return tiktoken.get_encoding("gpt2")
@@ -336,6 +325,10 @@ def pretrained(name, where=None):
         tokenizer = BertTokenizerFast.from_pretrained(where)
         if len(tokenizer) < 1000:  # transformers 5 returns an empty one if it finds no files
             raise ValueError(f"no vocabulary at {where!r}")
+        cased = any(word[:1] != "[" and word != word.lower() for word in tokenizer.get_vocab())
+        if cased and tokenizer.init_kwargs.get("do_lower_case", True):
+            advice = 'put {"do_lower_case": false} into its tokenizer_config.json'
+            raise ValueError(f"the vocabulary has capitals, which it would never use: {advice}")
     except Exception as error:  # ImportError, OSError, or one of requests, huggingface_hub, httpx
         advice = "set TIKTOKEN_CACHE_DIR" if name == "gpt2" else "give a folder with --bert"
         found = f"cannot load the {name} tokenizer ({reason(error)})"
@@ -353,9 +346,6 @@ def describe_tokenizer(name, where):
     ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
     ids["lower_case"] = bert.init_kwargs.get("do_lower_case", True)
     vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
-    if ids["lower_case"] and any(word[:1] != "[" and word != word.lower() for word in vocab):
-        found = f"the vocabulary at {where} has capitals, which it would never use"
-        raise SystemExit(f'{found}: put {{"do_lower_case": false}} into its tokenizer_config.json')
     return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
 
 
@@ -436,6 +426,9 @@ def prepare(args):
         raise SystemExit(f"another process is writing {partial}: wait for it") from None
     try:
         meta = build(args, partial)
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # the files must reach the disk before the rename does
         refuse_others(args.out)  # again: building can take hours
         shutil.rmtree(args.out, ignore_errors=True)
         partial.rename(args.out)
@@ -464,14 +457,7 @@ def write_rows(path, blocks):
             digest.update(data)
             count += len(block)
             bar.update(len(block))
-        to_disk(file)
     return count, digest.hexdigest()
-
-
-def to_disk(file):
-    """Flush an open file: its content must reach the disk before the folder is renamed."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def read_meta(folder):
