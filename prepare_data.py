@@ -79,10 +79,7 @@ def pack(documents, seq_len, bos, eos):
 
 
 def text_rows(args):
-    """Return the tokenizer's part of meta.json, and the blocks of train and, if any, of val.
-
-    Both are lazy: write train before val.
-    """
+    """Return the tokenizer's part of meta.json, and the blocks of train and, if any, of val."""
     splits = load_texts(args)
     if args.tokenizer == "char":
         return char_rows(args, splits)
@@ -130,21 +127,6 @@ def char_rows(args, splits):
 # ------------------------------------------------------------------------------------------------
 # From sources to texts. A record is a document as a dict: {column: text}.
 
-
-def load_texts(args):
-    """Return the texts of the source's splits, train and if any val, as two iterators."""
-    files = local_files(args.source)
-    if files is None:
-        splits = hub_records(args)
-    else:  # one file is open at a time
-        records = (read_file(path, args.column, args.documents) for path in files)
-        splits = [itertools.chain.from_iterable(records)]
-    splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
-    if args.val_documents and len(splits) == 1:
-        return hold_out(splits[0], args.val_documents)
-    return splits
-
-
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
@@ -153,19 +135,30 @@ def kind(path):
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def local_files(sources):
-    """Return the files that --source names, or None if it names a data set on the hub."""
-    paths = [Path(name) for name in sources]
-    if len(paths) == 1 and not os.path.exists(paths[0]) and kind(paths[0]) not in KINDS:
-        return None
+def load_texts(args):
+    """Return the texts of the source's splits, train and if any val, as iterators."""
+    paths = [Path(name) for name in args.source]
+    if len(paths) == 1 and kind(paths[0]) not in KINDS and not os.path.exists(paths[0]):
+        splits = hub_records(args)
+    else:  # one file is open at a time
+        files = (read_file(path, args.column, args.documents) for path in local_files(paths))
+        splits = [itertools.chain.from_iterable(files)]
+    splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
+    if args.val_documents and len(splits) == 1:
+        return hold_out(splits[0], args.val_documents)
+    return splits
+
+
+def local_files(paths):
+    """Replace folders by the files of text in them."""
     files = []
     for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
+        inside = sorted(path.iterdir()) if os.path.isdir(path) else []
         files += [file for file in inside if kind(file) in KINDS] or [path]
     for path in files:
-        if kind(path) not in KINDS or not path.is_file():
-            expected = f"files that exist, of {', '.join(KINDS)}, or folders of them"
-            raise SystemExit(f"--source {path} is no file of text; expected {expected}")
+        if kind(path) not in KINDS or not os.path.isfile(path):
+            expected = f"expected files of {', '.join(KINDS)}, or folders of them"
+            raise SystemExit(f"--source {path} is no file of text; {expected}")
     return files
 
 
@@ -290,18 +283,13 @@ def build(args, folder):
         raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
     framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
     plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
-    no_matter = ("out", "force", "workers")  # for the rows
-    meta = {
-        "name": args.name,
-        "source": args.source,
-        "seq_len": args.seq_len,
-        **tokenizer,
-        "train_rows": train_rows,
-        "val_rows": val_rows,
-        "sha256": {"train": train_sha256, "val": val_sha256},
-        "packing": plain.get(args.tokenizer, framed),
-        "settings": {key: value for key, value in vars(args).items() if key not in no_matter},
-    }
+    settings = dict(vars(args))
+    for key in ("out", "force", "workers"):  # they change no row
+        del settings[key]
+    meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
+    meta |= dict(train_rows=train_rows, val_rows=val_rows)
+    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256))
+    meta |= dict(packing=plain.get(args.tokenizer, framed), settings=settings)
     text = json.dumps(meta, ensure_ascii=False) + "\n"
     (folder / "meta.json").write_text(text, encoding="utf-8")
     return meta
@@ -620,8 +608,6 @@ def main():
             if meta.get(key) != vars(args)[key]:
                 found = f"{args.out} is already there, with {key} {meta.get(key)}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
-        for split in ("train", "val"):
-            read_rows(args.out, split, meta)  # refuses a file of another size
         say(f"{args.out} is already there; --force makes it again")
         return
     meta = prepare(args)
