@@ -1091,6 +1091,8 @@ def test_held_out_documents(tmp_path):
     (tmp_path / "a.txt").write_text("ab\ncd\nef\ngh\n")
     flags = ["--documents", "line", "--val-documents", 2]
     assert prepared(tmp_path, "a.txt", *flags)[1] == "ef\ng"
+    _, val = prepare_data.hold_out(iter("abcde"), 2)  # word pieces: nobody reads the others
+    assert list(val) == ["d", "e"]
 
 
 def test_an_end_that_leaves_nothing(tmp_path, monkeypatch):
