@@ -4,11 +4,12 @@
     python prepare_data.py owt                      # the paper's OpenWebText: GPT-2 BPE, L = 1024
     python prepare_data.py lm1b                     # the paper's LM1B: bert-base-uncased, L = 128
     python prepare_data.py text8                    # 27 characters, L = 256
-    python prepare_data.py file --source my.txt     # .txt, .jsonl or .parquet: GPT-2 BPE, L = 128
+    python prepare_data.py file --source my.txt     # your own text: GPT-2 BPE, L = 128
     python prepare_data.py file --source Salesforce/wikitext --config wikitext-103-raw-v1 \\
         --val-only --seq-len 1024 --out data/wikitext    # to bound its likelihood
 
-Reads a data set from the hub, or local files, and writes a folder:
+Reads a data set from the hub or local files: .txt, .jsonl (or .json: one JSON object a line), both
+also as .gz, and .parquet. A folder stands for the files in it, in order of their names. Writes
 
     data/NAME/train.bin, val.bin    uint16, rows of exactly L tokens, nothing between the rows
     data/NAME/meta.json             tokenizer, vocabulary, row counts, settings, sha256 of both
@@ -24,21 +25,19 @@ import bisect
 import collections
 import fcntl
 import functools
-import glob
+import gzip
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from importlib import metadata
 from pathlib import Path
-from pickle import PicklingError
 from threading import Thread
 
 import numpy as np
@@ -47,18 +46,12 @@ import numpy as np
 FLAGS = "source tokenizer seq_len documents val_documents"
 Source = collections.namedtuple("Source", FLAGS, defaults=("document", 0))
 SOURCES = {
-    "grammar": Source([], "grammar", None),
+    "grammar": Source([], "grammar", 10),
     "owt": Source(["Skylion007/openwebtext"], "gpt2", 1024, "paragraph", val_documents=100_000),
     "lm1b": Source(["dvruette/lm1b"], "bert", 128, "line"),
     "text8": Source(["afmck/text8"], "char", 256),
     "file": Source([], "gpt2", 128),
 }
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-FILES = {"train.bin", "val.bin", "meta.json"}
-AGAIN = "run prepare_data.py --force to make it again"
-if not (sys.stdout and sys.stderr):  # closed, as by >&-
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,8 +64,6 @@ def pack(documents, seq_len, bos, eos):
     With bos = eos = None nothing is added, and the stream is cut every L tokens.
     """
     body = seq_len if bos is None else seq_len - 2
-    if body < 1:
-        raise SystemExit(f"--seq-len {seq_len} leaves no token between BOS and EOS; give 3 or more")
     end = [] if eos is None else [eos]
     stream = np.zeros(0, np.uint16)  # what is not yet in a row
     documents = iter(documents)
@@ -89,7 +80,7 @@ def pack(documents, seq_len, bos, eos):
 
 def text_rows(args):
     """Return the tokenizer's part of meta.json, and the blocks of train and, if any, of val."""
-    splits = load_documents(args)
+    splits = load_texts(args)
     if args.tokenizer == "char":
         return char_rows(args, splits)
     tokenizer = describe_tokenizer(args.tokenizer, args.bert)
@@ -97,31 +88,17 @@ def text_rows(args):
     return tokenizer, [pack(encoded(split, args), args.seq_len, *ends) for split in splits]
 
 
-def encoded(split, args):
-    """The token ids of each document in order, uint16 arrays, encoded by args.workers processes."""
-    from tqdm import tqdm
-
+def encoded(texts, args):
+    """The token ids of each text in order, uint16 arrays, encoded by args.workers processes."""
     encode = functools.partial(encode_batch, args.tokenizer, args.bert)
     waiting = collections.deque()
-    bar = tqdm(total=len(split), unit="document", desc="tokenising", disable=None)
-    pool = ProcessPoolExecutor(args.workers, initializer=follow_parent)
-    try:
-        with bar, pool:
-            for batch in split.select_columns([args.column]).iter(1000):
-                waiting.append(pool.submit(encode, batch[args.column]))
-                if len(waiting) > 2 * args.workers:
-                    yield from waiting.popleft().result()
-                bar.update(len(batch[args.column]))
-            while waiting:
+    with ProcessPoolExecutor(args.workers, initializer=follow_parent) as pool:
+        while batch := list(itertools.islice(texts, 1000)):
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > 2 * args.workers:  # bounds the memory
                 yield from waiting.popleft().result()
-    except (BrokenProcessPool, PicklingError):  # tiktoken's panics cannot be pickled
-        why = "perhaps of memory (lower --workers) or of a million spaces in a row (cut them)"
-        raise SystemExit(f"a tokenising process died, {why}") from None
-    except OSError as error:  # too many processes, or open files
-        for child in multiprocessing.active_children():
-            child.kill()  # it waits for work, and the exit for it
-        found = f"cannot start {args.workers} processes: {error.strerror}"
-        raise SystemExit(f"{found}; lower --workers") from None
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def follow_parent():
@@ -133,7 +110,7 @@ def follow_parent():
 
 def char_rows(args, splits):
     """`text_rows` for characters: the vocabulary is what occurs, newlines join documents."""
-    texts = ["\n".join(text or "" for text in split[args.column]) for split in splits]
+    texts = ["\n".join(split) for split in splits]
     if args.name == "text8" and len(texts) == 1:  # the usual split: 90M, 5M and 5M characters
         whole = texts[0].strip()
         cut = len(whole) * 90 // 100
@@ -147,119 +124,143 @@ def char_rows(args, splits):
     return tokenizer, [pack([table[code]], args.seq_len, None, None) for code in codes]
 
 
-def load_documents(args):
-    """Return the source's documents as a list of `datasets.Dataset`: train and, if any, val."""
-    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets reports even the use of local readers
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no warning at each retry
-    import datasets
+# ------------------------------------------------------------------------------------------------
+# From sources to texts. A record is a document as a dict: {column: text}.
 
-    files = [Path(name) for name in args.source]
-    kinds = {path.suffix if path.is_file() else None for path in files}
-    if len(kinds) == 1 and kinds <= READERS.keys():
-        reader = READERS[kinds.pop()]
-        how = dict(download_mode="force_redownload")  # the cache goes by a file's time
-        if reader == "text":  # -sig: without a byte order mark
-            how |= dict(encoding="utf-8-sig", sample_by=args.documents, keep_linebreaks=False)
-        loads = [dict(path=reader, data_files=glob.escape(name), **how) for name in args.source]
-        advice = "it should be UTF-8 text" if reader == "text" else f"it should be {reader}"
-    elif len(files) == 1 and files[0].suffix not in READERS and not files[0].exists():
-        loads = [dict(path=args.source[0], name=args.config)]  # on the hub
-        advice = "check the network, or give files with --source"
-    else:
-        expected = f"expected files that exist, of one kind of {list(READERS)}"
-        raise SystemExit(f"--source {' '.join(args.source)}: {expected}")
-    loaded = []
-    for name, where in zip(args.source, loads, strict=True):
-        try:
-            loaded.append(datasets.load_dataset(**where))
-        except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow: no common class
-            cause = error.__cause__ or error
-            no_memory = isinstance(cause, MemoryError) or "new thread" in str(cause)
-            if no_memory or getattr(cause, "errno", None):  # the system's own error
-                advice = "make room in memory, and let HF_HOME name a folder that you may fill"
-            raise SystemExit(f"cannot load {name!r}: {reason(cause)}; {advice}") from None
-    names = [name for name in ("train", "validation", "test") if name in loaded[0]][:2]
-    if not names:
-        found = f"{args.source[0]} has the splits {[*loaded[0]]}"
-        raise SystemExit(f"{found}, expected train, validation or test")
-    try:
-        splits = [datasets.concatenate_datasets([part[name] for part in loaded]) for name in names]
-    except ValueError as error:
-        raise SystemExit(f"--source has files of different columns: {reason(error)}") from None
-    kinds = {name: getattr(kind, "dtype", kind) for name, kind in splits[0].features.items()}
-    if kinds.get(args.column) not in ("string", "large_string"):
-        raise SystemExit(f"--column {args.column} should name one of strings, found {kinds}")
-    if missing := sum(split.data.column(args.column).null_count for split in splits):
-        say(f"{missing:,} documents have no {args.column!r}: they count as empty")
-    if args.limit is not None:
-        splits = [split.take(min(args.limit, len(split))) for split in splits]
+KINDS = (".txt", ".jsonl", ".json", ".parquet")
+
+
+def kind(path):
+    """The suffix of a file, that of compression aside."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def load_texts(args):
+    """Return the texts of the source's splits, train and if any val, as iterators."""
+    paths = [Path(name) for name in args.source]
+    if len(paths) == 1 and kind(paths[0]) not in KINDS and not os.path.exists(paths[0]):
+        splits = hub_records(args)
+    else:  # one file is open at a time
+        files = (read_file(path, args.column, args.documents) for path in local_files(paths))
+        splits = [itertools.chain.from_iterable(files)]
+    splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
     if args.val_documents and len(splits) == 1:
-        cut = len(splits[0]) - args.val_documents
-        if cut < 1:
-            raise SystemExit(f"only {len(splits[0])} documents; lower --val-documents")
-        splits = [splits[0].take(cut), splits[0].skip(cut)]
+        return hold_out(splits[0], args.val_documents)
     return splits
 
 
-def say(text):
-    """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not be UTF-8
+def local_files(paths):
+    """Replace folders by the files of text in them."""
+    files = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if os.path.isdir(path) else []
+        files += [file for file in inside if kind(file) in KINDS] or [path]
+    for path in files:
+        if kind(path) not in KINDS or not os.path.isfile(path):
+            expected = f"expected files of {', '.join(KINDS)}, or folders of them"
+            raise SystemExit(f"--source {path} is no file of text; {expected}")
+    return files
+
+
+def read_file(path, column, documents):
+    """The records of one file. In JSON a field may change its type from line to line."""
+    number = 0
     try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise SystemExit(f"cannot write to stdout: {error.strerror}") from None
+        if kind(path) == ".parquet":
+            import pyarrow.parquet  # comes with datasets
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                columns = [column] if column in file.schema_arrow.names else None
+                for batch in file.iter_batches(1000, columns=columns):
+                    yield from batch.to_pylist()
+            return
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: without a byte order mark
+            if kind(path) == ".txt":
+                yield from ({column: text} for text in cut_text(file, documents))
+                return
+            for number, line in enumerate(file, 1):  # noqa: B007
+                if not line.isspace():
+                    yield dict(**json.loads(line))
+    except (OSError, EOFError, TypeError, ValueError) as error:
+        place = f"line {number} of {path}" if number else path
+        expected = f"it should be a whole {kind(path)} file, its text in UTF-8"
+        raise SystemExit(f"cannot read {place}: {reason(error)}; {expected}") from None
 
 
-def reason(error):
-    """The first line of a library's error; the rest can run to a page."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+def cut_text(file, documents):
+    """Cut an open text file into lines, paragraphs (which end at a blank line) or nothing."""
+    if documents == "document":
+        yield file.read()
+        return
+    paragraph = []
+    for line in file:
+        if documents == "line":
+            yield line.removesuffix("\n")
+        elif line == "\n" and paragraph:
+            if text := "".join(paragraph)[:-1]:
+                yield text
+            paragraph = []
+        else:  # a second blank line opens the next paragraph
+            paragraph.append(line)
+    if paragraph:
+        yield "".join(paragraph)
 
 
-# ------------------------------------------------------------------------------------------------
-# From rows to files.
+def hub_records(args):
+    """The records of the train split on the hub and, if any, those of validation or test."""
+    import datasets
 
-
-def prepare(args):
-    """Build the data set beside its target, then rename it; return its meta.json as a dict."""
-    partial = args.out.parent / (args.out.name + ".partial")
-    for folder in (args.out, partial):
-        refuse_others(folder)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in partial.iterdir():  # of a run that was killed
-            file.unlink()
-    except BlockingIOError:
-        raise SystemExit(f"another process is writing {partial}: wait for it") from None
-    except OSError as error:
-        raise SystemExit(f"cannot write {partial}: {error.strerror}; change --out") from None
-    try:
-        meta = build(args, partial)
-        refuse_others(args.out)  # again: building can take hours
-        shutil.rmtree(args.out, ignore_errors=True)
-        partial.rename(args.out)
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {args.out} is as it was") from None
-    except MemoryError:
-        raise SystemExit("out of memory: free some, or lower --workers or --limit") from None
-    except OSError as error:
-        raise SystemExit(f"cannot write {partial}: {error}; make room, or change --out") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
-        os.close(lock)
-    return meta
+        found = datasets.load_dataset(path=args.source[0], name=args.config)
+        names = [name for name in ("train", "validation", "test") if name in found][:2]
+        if not names:
+            raise ValueError(f"it has {[*found]}, expected train, validation or test")
+        return [found[name].select_columns([args.column]) for name in names]
+    except Exception as error:  # datasets, huggingface_hub and httpx have no common class
+        advice = "check the network, --config and --column, or give files with --source"
+        raise SystemExit(f"cannot load {args.source[0]!r}: {reason(error)}; {advice}") from None
 
 
-def refuse_others(folder):
-    """SystemExit if `folder` exists and holds more than a data set: we delete nobody's files."""
-    if os.path.ismount(folder):  # it cannot be replaced by a renamed folder
-        raise SystemExit(f"{folder} is a mount point; name a folder in it with --out")
-    if folder.exists() and not (folder.is_dir() and FILES.issuperset(os.listdir(folder))):
-        raise SystemExit(f"{folder} exists and is not just a data set; name another with --out")
+def texts(records, column):
+    """The text of each record: "" where there is none, which is counted and reported."""
+    record = {}
+    counts = collections.Counter()
+    for record in records:
+        text = record.get(column)
+        if not isinstance(text, str):
+            text = ""
+            counts["without"] += 1
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can escape it
+            text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+            counts["halves"] += 1
+        counts["all"] += 1
+        yield text
+    if 0 < counts["all"] == counts["without"]:
+        raise SystemExit(f"no document has text in --column {column}, found {[*record]}")
+    if counts["without"]:
+        say(f"{counts['without']:,} documents have no {column!r}: they count as empty")
+    if counts["halves"]:
+        say(f"{counts['halves']:,} documents hold half a surrogate pair: it becomes U+FFFD")
+
+
+def hold_out(texts, count):
+    """Split off the last `count` texts. They are known once the others have been read."""
+    held = collections.deque(itertools.islice(texts, count))
+
+    def others():
+        for text in texts:
+            held.append(text)
+            yield held.popleft()
+
+    def last():
+        collections.deque(train, maxlen=0)  # --val-only has not read it
+        yield from held
+
+    train = others()
+    return [train, last()]
 
 
 def build(args, folder):
@@ -278,37 +279,20 @@ def build(args, folder):
         val = [[rows[-held:]]]
     val_rows, val_sha256 = write_rows(folder / "val.bin", val[0])
     if not (train_rows or args.val_only) or not val_rows:
-        raise SystemExit(f"too short for rows of {args.seq_len}: add text, or lower --seq-len")
-    meta = dict(name=args.name, seq_len=args.seq_len, **tokenizer)
-    meta |= dict(train_rows=train_rows, val_rows=val_rows, source=args.source)
-    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256), settings=args.settings)
+        advice = "add text, or lower --seq-len or --val-documents"
+        raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
     framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
     plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
-    meta["packing"] = plain.get(meta["tokenizer"], framed)
-    packages = ("datasets", "tiktoken", "tokenizers", "transformers")
-    installed = {found.name: found.version for found in metadata.distributions()}
-    meta["versions"] = {name: installed[name] for name in packages if name in installed}
+    settings = dict(vars(args))
+    for key in ("out", "force", "workers"):  # they change no row
+        del settings[key]
+    meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
+    meta |= dict(train_rows=train_rows, val_rows=val_rows)
+    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256))
+    meta |= dict(packing=plain.get(args.tokenizer, framed), settings=settings)
     text = json.dumps(meta, ensure_ascii=False) + "\n"
     (folder / "meta.json").write_text(text, encoding="utf-8")
     return meta
-
-
-def write_rows(path, blocks):
-    """Write blocks of rows (n, L) to `path`; return the number of rows and the file's sha256."""
-    from tqdm import tqdm
-
-    count = 0
-    digest = hashlib.sha256()
-    with open(path, "wb") as file, tqdm(unit="row", desc=path.name, disable=None) as bar:
-        for block in blocks:
-            data = np.ascontiguousarray(block, "<u2").tobytes()
-            file.write(data)
-            digest.update(data)
-            count += len(block)
-            bar.update(len(block))
-        file.flush()
-        os.fsync(file.fileno())  # the rows must reach the disk before the rename does
-    return count, digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,7 +305,6 @@ def pretrained(name, where=None):
     """The gpt2 or bert tokenizer; `where`, for bert alone, is a name on the hub or a folder."""
     try:
         if name == "gpt2":
-            os.environ["RUST_BACKTRACE"] = "0"  # out of memory, a backtrace hangs tiktoken
             import tiktoken
 
             return tiktoken.get_encoding("gpt2")
@@ -330,6 +313,10 @@ def pretrained(name, where=None):
         tokenizer = BertTokenizerFast.from_pretrained(where)
         if len(tokenizer) < 1000:  # transformers 5 returns an empty one if it finds no files
             raise ValueError(f"no vocabulary at {where!r}")
+        cased = any(word[:1] != "[" and word != word.lower() for word in tokenizer.get_vocab())
+        if cased and tokenizer.init_kwargs.get("do_lower_case", True):
+            advice = 'put {"do_lower_case": false} into its tokenizer_config.json'
+            raise ValueError(f"the vocabulary has capitals, which it would never use: {advice}")
     except Exception as error:  # ImportError, OSError, or one of requests, huggingface_hub, httpx
         advice = "set TIKTOKEN_CACHE_DIR" if name == "gpt2" else "give a folder with --bert"
         found = f"cannot load the {name} tokenizer ({reason(error)})"
@@ -347,9 +334,6 @@ def describe_tokenizer(name, where):
     ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
     ids["lower_case"] = bert.init_kwargs.get("do_lower_case", True)
     vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
-    if ids["lower_case"] and any(word[:1] != "[" and word != word.lower() for word in vocab):
-        found = f"the vocabulary at {where} has capitals, which it would never use"
-        raise SystemExit(f'{found}: put {{"do_lower_case": false}} into its tokenizer_config.json')
     return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
 
 
@@ -408,24 +392,76 @@ def decode(meta, ids):
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading back.
+# Machinery: skip at first reading. Files, locks, flags.
+
+FILES = {"train.bin", "val.bin", "meta.json"}
+AGAIN = "run prepare_data.py --force to make it again"
+if not (sys.stdout and sys.stderr):  # closed, as by >&-
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def prepare(args):
+    """Build the data set beside its target, then rename it; return its meta.json as a dict."""
+    partial = args.out.parent / (args.out.name + ".partial")
+    refuse_others(args.out)
+    refuse_others(partial)  # what a killed run left is overwritten
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process is writing {partial}: wait for it") from None
+    try:
+        meta = build(args, partial)
+        for path in partial.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # the files must reach the disk before the rename does
+        refuse_others(args.out)  # again: building can take hours
+        shutil.rmtree(args.out, ignore_errors=True)
+        partial.rename(args.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a run that fails leaves nothing
+        os.close(lock)
+    return meta
+
+
+def refuse_others(folder):
+    """SystemExit if `folder` exists and holds more than a data set: we delete nobody's files."""
+    if folder.exists() and not (folder.is_dir() and FILES.issuperset(os.listdir(folder))):
+        raise SystemExit(f"{folder} exists and is not just a data set; name another with --out")
+
+
+def write_rows(path, blocks):
+    """Write blocks of rows (n, L) to `path`; return the number of rows and the file's sha256."""
+    from tqdm import tqdm
+
+    count = 0
+    digest = hashlib.sha256()
+    with open(path, "wb") as file, tqdm(unit="row", desc=path.name, disable=None) as bar:
+        for block in blocks:
+            data = np.ascontiguousarray(block, "<u2").tobytes()
+            file.write(data)
+            digest.update(data)
+            count += len(block)
+            bar.update(len(block))
+    return count, digest.hexdigest()
 
 
 def read_meta(folder):
     """Return data/NAME/meta.json as a dict; SystemExit if it is absent or damaged."""
     path = Path(folder) / "meta.json"
-    if not os.access(path, os.R_OK):
-        name = Path(folder).name
-        command = name if name in SOURCES else f"file --source ... --out {folder}"
-        advice = f"make it: python prepare_data.py {command}"
-        raise SystemExit(f"no readable data set at {folder}; {advice}")
+    needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        meta = {}
-    needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
-    if missing := set(needed.split()) - set(meta if isinstance(meta, dict) else ()):
-        raise SystemExit(f"{path} is damaged, it lacks {sorted(missing)}; {AGAIN}")
+        if missing := set(needed.split()) - set(meta):
+            raise ValueError(f"it lacks {sorted(missing)}")
+    except (OSError, ValueError) as error:
+        name = Path(folder).name
+        command = name if name in SOURCES else f"file --source ... --out {folder}"
+        found = f"no data set at {folder}: cannot read {path}: {reason(error)}"
+        advice = f"make it: python prepare_data.py {command}"
+        raise SystemExit(f"{found}; {advice} (--force, if there is a damaged one)") from None
     return meta
 
 
@@ -433,10 +469,10 @@ def read_rows(folder, split, meta):
     """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if it is not what meta says."""
     path = Path(folder) / f"{split}.bin"
     shape = (meta[f"{split}_rows"], meta["seq_len"])
-    found = path.stat().st_size if os.access(path, os.R_OK) else 0
+    found = path.stat().st_size if path.exists() else 0
     expected = 2 * shape[0] * shape[1]
     if found != expected:
-        raise SystemExit(f"{path}: can read {found:,} bytes, expected {expected:,}; {AGAIN}")
+        raise SystemExit(f"{path} has {found:,} bytes, expected {expected:,}; {AGAIN}")
     if not found:  # made with --val-only
         return np.zeros(shape, np.uint16)
     return np.memmap(path, "<u2", "r", shape=shape)
@@ -455,34 +491,29 @@ def same_tokens(path, trained_meta, folder, meta, *more):
             raise SystemExit(f"{found}; give a checkpoint and --data of the same {key}")
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line.
+def say(text):
+    """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not be UTF-8
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise SystemExit(f"cannot write to stdout: {error.strerror}") from None
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float, which is `kind`, from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-
-    parse.__name__ = kind.__name__  # which argparse names if the text is no number
-    return parse
+def reason(error):
+    """The first line of a library's error; the rest can run to a page."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
-def utf8(text):
-    """An argparse type: text without the half characters of another encoding."""
-    return text.encode().decode()
-
-
-positive = number(int, 1)
-natural = number(int, 0)
-amount = number(float, 0)
-fraction = number(float, 0, 1)
-below_one = number(float, 0, 0.9999999)
-real = number(float, -1e6, 1e6)
+def positive(text):
+    """An argparse type: an integer, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -501,7 +532,7 @@ def new_parser(doc, **more):
 
 
 def parse_args():
-    """Parse the flags and fill in the source's defaults; args.settings is what shapes the data."""
+    """Parse the flags and fill in the source's defaults."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("name", choices=list(SOURCES), help="what to prepare")
@@ -509,18 +540,18 @@ def parse_args():
     add("--force", action="store_true", help="replace a finished data set")
 
     add = parser.add_argument_group("what to read").add_argument
-    text = "a data set on the hub, or files, joined in this order: .txt, .jsonl, .json or .parquet"
+    text = "a data set on the hub, or files and folders, joined in this order"
     add("--source", nargs="+", help=text)
     add("--config", metavar="NAME", help="the configuration of a data set on the hub")
-    add("--column", default="text", metavar="NAME", help="the column that holds the text")
+    add("--column", default="text", metavar="NAME", help="the column or key that holds the text")
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
     text = "hold out the last N if the hub gives no split (default: owt 100000, else 0: 5%% of it)"
-    add("--val-documents", type=natural, metavar="N", help=text)
+    add("--val-documents", type=int, metavar="N", help=text)
     text = "no training rows: all of the validation split or, if there is one split, of that"
     add("--val-only", action="store_true", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
-    add("--seed", type=natural, default=0, help="seed of the grammar's draws")
+    add("--seed", type=int, default=0, help="seed of the grammar's draws")
 
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
@@ -530,37 +561,34 @@ def parse_args():
     add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise")
     args = parser.parse_args()
 
-    flags = vars(args)
     defaults = SOURCES[args.name]._asdict()
-    given = {key: flags[key] for key in (*defaults, "limit") if flags[key] is not None}
+    given = {key for key in defaults if vars(args)[key] is not None}
     if args.name == "grammar" and given:
-        raise SystemExit(f"the grammar is generated: it has no {', '.join(given)}")
+        parser.error(f"the grammar is generated: it has no {', '.join(sorted(given))}")
     if args.name == "file" and not args.source:
-        raise SystemExit("file needs --source: .txt, .jsonl or .parquet files, or a hub name")
-    flags.update(defaults | given)
-    files = [Path(name) for name in args.source]
-    kinds = {path.suffix for path in files}
-    if "documents" in given and ".txt" not in kinds:
-        raise SystemExit(f"--documents cuts .txt files, not {' '.join(args.source)}; leave it out")
-    if args.config and kinds & READERS.keys():
-        raise SystemExit("--config is for a data set on the hub, not for files; leave it out")
-    if args.bert != parser.get_default("bert") and args.tokenizer != "bert":
-        raise SystemExit(f"--bert {args.bert} needs --tokenizer bert")
-    more = ("name", "limit", "column", "config", "val_only", "bert", "seed")
-    args.settings = {key: flags[key] for key in (*defaults, *more)}
-    if args.tokenizer == "bert":
-        files += sorted(Path(args.bert).glob("*"))
-    try:
-        files = [path for path in files if path.is_file()]
-        if empty := [path for path in files if not path.stat().st_size]:
-            raise SystemExit(f"{empty[0]} is empty; leave it out")
-        bytes_of = [np.memmap(path, "u1", "r") for path in files]
-    except OSError as error:
-        found = f"cannot read {error.filename!s:.80}: {error.strerror}"
-        raise SystemExit(f"{found}; --source takes names of files that you may read") from None
-    args.settings["sha256"] = [hashlib.sha256(content).hexdigest() for content in bytes_of]
+        parser.error("file needs --source: files, folders or the name of a data set on the hub")
+    for key in defaults.keys() - given:
+        setattr(args, key, defaults[key])
     args.out = args.out or Path("data") / args.name
     return args
+
+
+def main():
+    args = parse_args()
+    args.out = args.out.resolve()
+    if (args.out / "meta.json").exists() and not args.force:
+        meta = read_meta(args.out)
+        for key in ("name", "source", "tokenizer", "seq_len"):
+            if meta.get(key) != vars(args)[key]:
+                found = f"{args.out} is already there, with {key} {meta.get(key)}"
+                raise SystemExit(f"{found}; --force replaces it, --out names another folder")
+        say(f"{args.out} is already there; --force makes it again")
+        return
+    meta = prepare(args)
+    rows = f"{meta['train_rows']:,} training and {meta['val_rows']:,} validation rows"
+    say(f"{args.out}: {rows} of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}")
+    if args.name == "grammar":
+        say(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -665,27 +693,6 @@ def grammar_split(args):
     tokenizer |= dict(vocab=vocab, join=" ")
     draws = [grammar_rows(50_000, [args.seed, 0]), grammar_rows(5_000, [args.seed, 1])]
     return tokenizer, [[rows] for rows in draws]
-
-
-def main():
-    args = parse_args()
-    if (args.out / "meta.json").exists() and not args.force:
-        meta = read_meta(args.out)
-        was = meta.get("settings", {})
-        for key, asked in args.settings.items():
-            if key in was and asked != was[key]:
-                found = f"{args.out} is already there with {key} {was[key]}, not {asked}"
-                raise SystemExit(f"{found}; --force replaces it, --out names another folder")
-        for split in ("train", "val"):
-            read_rows(args.out, split, meta)  # refuses a file of another size
-        say(f"{args.out} is already there; --force makes it again")
-        return
-    args.out = args.out.resolve()
-    meta = prepare(args)
-    rows = f"{meta['train_rows']:,} training and {meta['val_rows']:,} validation rows"
-    say(f"{args.out}: {rows} of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}")
-    if args.name == "grammar":
-        say(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
 
 
 if __name__ == "__main__":
