@@ -1629,7 +1629,10 @@ MISTAKES = [
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
     ("distill.py --data changed --loss psd --checkpoint trained", "sha256"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
-    ("distill.py --data grammar --loss psd --micro-batch 1", "--diagonal-share"),
+    (
+        "distill.py --data grammar --loss psd --checkpoint trained --micro-batch 1",
+        "--diagonal-share",
+    ),
     ("distill.py --data grammar --loss dmd --checkpoint trained --joint", "--joint"),
     ("sample.py --checkpoint trained --output x.txt", ".jsonl"),
     ("sample.py --checkpoint any --prompt some --length 1", "shorten the prompt"),
