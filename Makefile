@@ -1,5 +1,5 @@
 # make demo      prepare the grammar, train, distil, sample, print a table (some ten minutes)
-# make test      the linter and the tests (some ten minutes on 2 cores)
+# make test      the linter and the tests, and how long they took
 # make results [TEXT=stories.txt]    the losses side by side, three seeds (hours): results/README.md
 # Each makes its own virtual environment first. Needs Python 3.10 or newer with venv, and make.
 
@@ -31,7 +31,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "Some ten minutes on 2 cores. At the end: the ten slowest tests, and the time in all."
+	@echo "This takes minutes. At the end: the ten slowest tests, and the time in all."
 	$(BIN)/python -m pytest --durations=10
 
 STUDY := $(BIN)/python benchmarks/study.py

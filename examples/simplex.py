@@ -51,7 +51,7 @@ def jump(x, times, psi):
 
 
 noise = torch.randn(args.samples, 3, generator=torch.Generator().manual_seed(args.seed)).double()
-one = torch.tensor([[-1.11, 0.37, 0.73]], dtype=torch.float64)  # the noise whose path we follow
+one = torch.tensor([[-1.11, 0.37, 0.73]], dtype=torch.float64)  # its path: picked for its bend
 times = torch.linspace(0, 1, 81, dtype=torch.float64)
 states = jump(one, times, exact)[:, 0]
 instants = [diagonal(x, t, t) for x, t in zip(states, times[:-1], strict=False)]
