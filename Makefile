@@ -1,5 +1,5 @@
 # make demo      prepare the grammar, train, distil, sample, print a table (some ten minutes)
-# make test      the tests and the linter
+# make test      the linter and the tests, and how long they took
 # make results [TEXT=stories.txt]    the losses side by side, three seeds (hours): results/README.md
 # Each makes its own virtual environment first. Needs Python 3.10 or newer with venv, and make.
 
@@ -12,26 +12,27 @@ READY := .venv/installed
 # Differs from the paper's settings to fit a network of 1.0M parameters into some ten minutes.
 FLAGS := --data data/grammar --batch-size 128 --micro-batch 128 --beta2 0.99 --ema 0.999 \
 	--diagonal-power 0 --log-every 200 --val-every 1000
-RUNS := runs/grammar-diagonal runs/grammar-psd runs/grammar-dmd
+RUNS := runs/demo-diagonal runs/demo-psd runs/demo-dmd
 
 demo: $(READY)
 	$(BIN)/python prepare_data.py grammar
 	rm -rf $(RUNS)
 	$(BIN)/python train_diagonal.py $(FLAGS) --size tiny --steps 2500 --warmup 100 \
-		--cooldown 2400 --lr 2.5e-3
-	$(BIN)/python distill.py $(FLAGS) --loss psd --divergence square --no-learned-weight \
-		--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.2 --steps 500 --warmup 50 \
-		--cooldown 450 --lr 1.5e-3
-	$(BIN)/python distill.py $(FLAGS) --loss dmd --checkpoint runs/grammar-psd \
-		--steps 2000 --warmup 20 --cooldown 1000
+		--cooldown 2400 --lr 2.5e-3 --out runs/demo-diagonal
+	$(BIN)/python distill.py $(FLAGS) --checkpoint runs/demo-diagonal --loss psd \
+		--divergence square --no-learned-weight --diagonal-from stage1 --diagonal-share 0.25 \
+		--boundary 0.2 --steps 500 --warmup 50 --cooldown 450 --lr 1.5e-3 --out runs/demo-psd
+	$(BIN)/python distill.py $(FLAGS) --checkpoint runs/demo-psd --loss dmd \
+		--steps 2000 --warmup 20 --cooldown 1000 --out runs/demo-dmd
 	$(BIN)/python evaluate.py --checkpoint $(RUNS) --nfe 1 2 4 8 64 --gamma 0 1 \
 		--num-samples 512 --batch-size 256
-	$(BIN)/python sample.py --checkpoint runs/grammar-dmd --nfe 1 4 --num-samples 3
+	$(BIN)/python sample.py --checkpoint runs/demo-dmd --nfe 1 4 --num-samples 3
 
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	@echo "This takes minutes. At the end: the ten slowest tests, and the time in all."
+	$(BIN)/python -m pytest --durations=10
 
 STUDY := $(BIN)/python benchmarks/study.py
 JUDGE := $(BIN)/python benchmarks/train_judge.py

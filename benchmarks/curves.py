@@ -1,6 +1,6 @@
 """Draw what runs have logged against their steps, or scores by evaluate.py against NFE.
 
-    python benchmarks/curves.py runs/grammar-diagonal runs/grammar-psd     # their losses
+    python benchmarks/curves.py runs/demo-diagonal runs/demo-psd     # their losses
     python benchmarks/curves.py runs/owt-esd --keys clamped grad_norm --output health.png
     python benchmarks/curves.py runs/grammar-dmd/evaluation.json --output scores.png
 

@@ -1,6 +1,6 @@
 """Steer samples by a reward, through the `after_jump` hook of `sample.generate`.
 
-    python examples/steer.py --checkpoint runs/grammar-psd --nfe 8 --strength 2
+    python examples/steer.py --checkpoint runs/demo-psd --nfe 8 --strength 2
 
 Sequential Monte Carlo: each sample comes from a group of particles. After each jump we look ahead
 to the text that a particle is heading for, and resample the group by its reward. With many
@@ -25,7 +25,7 @@ def reward(text):
 
 parser = argparse.ArgumentParser(description="Steer samples by the reward in this file.")
 add = parser.add_argument
-add("--checkpoint", type=Path, default="runs/grammar-psd", help="a checkpoint or a run's folder")
+add("--checkpoint", type=Path, default="runs/demo-psd", help="a checkpoint or a run's folder")
 add("--nfe", type=int, default=8, help="jumps; each but the last is followed by a look ahead")
 add("--groups", type=int, default=32, help="samples")
 add("--particles", type=int, default=8, help="particles for each sample")

@@ -1,6 +1,6 @@
 """Watch sequences crystallise out of noise, through the `after_jump` hook of `sample.generate`.
 
-    python examples/watch.py --checkpoint runs/grammar-psd --nfe 32 --output watch.gif
+    python examples/watch.py --checkpoint runs/demo-psd --nfe 32 --output watch.gif
 
 Each evaluation shows the most probable token of every position, coloured by its probability.
 """
@@ -22,7 +22,7 @@ COLUMNS, LINES = 60, 1  # how much of a sequence the GIF shows, in characters an
 
 parser = argparse.ArgumentParser(description="Watch sequences crystallise out of noise.")
 add = parser.add_argument
-add("--checkpoint", type=Path, default="runs/grammar-psd", help="a checkpoint or a run's folder")
+add("--checkpoint", type=Path, default="runs/demo-psd", help="a checkpoint or a run's folder")
 add("--nfe", type=int, default=32, help="network evaluations")
 add("--gamma", type=float, default=0.0, help="renoise between jumps: 0 never, 1 fully")
 add("--seed", type=int, default=0, help="seed of the noise")
