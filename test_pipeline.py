@@ -1763,8 +1763,6 @@ def test_headline_commands(tmp_path, monkeypatch):
 def test_every_command_shown_parses(tmp_path, monkeypatch):
     """The commands in the README, the Makefile and the docstrings are right."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/NAME").mkdir(parents=True)
-    (tmp_path / "runs/NAME/flags.txt").write_text("--data\ndata/grammar\n")
     text = "\n".join((HERE / name).read_text() for name in (*PROGRAMS, "README.md", "Makefile"))
     text = re.sub(r"\\+\n\s*", " ", text)  # continued lines
     scripts = "|".join(map(re.escape, PROGRAMS))
