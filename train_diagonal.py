@@ -437,10 +437,13 @@ class Log:
         line |= ({"skipped": skipped} if skipped else {}) | extra
         if self.rank > 0:
             return
-        with open(self.args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
+        try:
+            with open(self.args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
+        except OSError as error:
+            raise SystemExit(f"cannot write log.jsonl: {error}; make room, then --resume") from None
         hidden = ("loss_", "lr", "grad", "distance", "teacher", "peak", "seconds", "step")
         shown = {name: value for name, value in line.items() if not name.startswith(hidden)}
         numbers = [f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in shown.items()]
@@ -633,6 +636,7 @@ def main():
     if args.init:  # the averaged weights, to go on with on rows of any length
         model, checkpoint = load_model(args.out if resumed else args.init, seq_len=meta["seq_len"])
         prepare_data.same_tokens(args.init, checkpoint["meta"], args.data, meta)
+        say(f"size, path and schedule of the network are those of {args.init}")
         model.train().requires_grad_(True)
     else:
         model = new_model(args, meta)

@@ -84,9 +84,9 @@ def next_token(model, tokens, draw):
     h = F.embedding(tokens, model.embedding)
     _, rotary = model.no_context(h)
     for block in model.blocks:
-        h, _ = model.call(block.encode, h, time, rotary)
+        h, _ = model.call(block.forward, h, time, rotary, None, True)
     shift, scale = model.final_modulation(time).chunk(2, -1)
-    h = modulate(norm(h)[0], shift, scale)[:, :-1].flatten(0, 1)
+    h = modulate(norm(h), shift, scale)[:, :-1].flatten(0, 1)
     each = torch.full((len(h),), 1 / len(h), device=h.device)
     targets = RowLoss(cross_entropy, (tokens[:, 1:].flatten(),))
     loss, _ = head_loss(h, model.head, each, targets, c=0.01, r=0.0, compiled=model.compiled)
