@@ -533,6 +533,7 @@ def main():
     train_diagonal.check_new_run(args)
     model, stage1, checkpoint = load_networks(args, meta)
     resumed = train_diagonal.read_resumed(args, meta, checkpoint)
+    del checkpoint  # free its weights
     ranks = train_diagonal.start_ranks(args)
     refuse_contradictions(args)
     critic = None

@@ -253,6 +253,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         done = resumed["step"]
         for name, part in saved.items():
             part.load_state_dict(resumed[name])
+        resumed.clear()  # free its weights: the caller holds the dict as long as the run lasts
     check_ranks_agree(done, meta)
     if rank == 0:
         write_config(args, done)
