@@ -51,13 +51,13 @@ from model import (
     in_autocast_dtype,
     load_model,
     logit_chunks,
+    resolve_machine,
     softmax,
 )
 from prepare_data import new_parser, read_meta, same_tokens
 from train_diagonal import by_context, diagonal_loss
 
-# ------------------------------------------------------------------------------------------------
-# The jumps.
+# ---- The jumps. --------------------------------------------------------------------------------
 
 
 class Jump(NamedTuple):
@@ -94,9 +94,9 @@ def draw_progress(draw, boundary, to_data=False):
     return s, s + step / 2, s + step
 
 
-# ------------------------------------------------------------------------------------------------
-# The teachers return the student's h_st (B, L, D) with its graph, and a RowLoss whose target is
-# a constant of the gradient. `teacher` gives psi_ss or psi_tt. A new loss is an entry of TEACHERS.
+# ---- The three teachers. A new loss is an entry of TEACHERS. -----------------------------------
+# They return the student's h_st (B, L, D) with its graph, and a RowLoss whose target is a constant
+# of the gradient. `teacher` gives psi_ss or psi_tt.
 
 
 def psd(model, teacher, y, jump, args):
@@ -198,8 +198,7 @@ def per_row(value, y):
     return value.expand(y.shape[:2]).reshape(-1, 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Divergences between psi_st = softmax(z) and q, both (n, V): a report and the gradient on z.
+# ---- Divergences between psi_st = softmax(z) and q, (n, V) each: a report, and g on z. ---------
 
 
 def kl(z, q):
@@ -237,8 +236,7 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
     return {"loss": loss, "distance": distance, "teacher_entropy": entropy(psi)}, g
 
 
-# ------------------------------------------------------------------------------------------------
-# The objective of stage 2: the diagonal on some rows, consistency on the others (16).
+# ---- The objective of stage 2: the diagonal on some rows, consistency on the others (16). ------
 
 
 def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
@@ -267,8 +265,7 @@ def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     return {"consistency": total}, {name: value.mean() for name, value in report.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# Distribution matching (Simplex-DMD, arXiv 2609.40235; DMD, arXiv 2311.18828).
+# ---- Distribution matching (Simplex-DMD, arXiv 2609.40235; DMD, arXiv 2311.18828). -------------
 
 RENOISED = 0.8  # the largest progress of a data row from which a jump to data is matched
 
@@ -333,8 +330,7 @@ def dmd_surrogate(z, h_real, h_critic, real_head, critic_head):
     return {"loss": loss, "distance": torch.linalg.vector_norm(d, dim=-1)}, p * (d - loss[:, None])
 
 
-# ------------------------------------------------------------------------------------------------
-# The diagonal in stage 2, and all rows together.
+# ---- The diagonal in stage 2, and all rows together. -------------------------------------------
 
 
 def diagonal_from_stage1(model, stage1, tokens, draw, args):
@@ -420,8 +416,7 @@ def spread(rows, share):
     return after > before, rows - before
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading.
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
 
 
 def distillation_flags(parser):
@@ -470,47 +465,44 @@ def refuse_contradictions(args):
     """SystemExit for flags with which the run would silently be something else."""
     dmd = args.loss == "dmd"
     square = args.divergence == "square"
-    plain = args.guidance == 1
-    diagonal = args.micro_batch * args.diagonal_share
-    to_data = (args.micro_batch - diagonal) * args.psd_share
+    guided = args.guidance != 1
+    rows = args.micro_batch
+    diagonal = rows * args.diagonal_share
+    to_data = (rows - diagonal) * args.psd_share
+    whole = all(abs(n - round(n)) < 1e-6 for n in (diagonal, to_data))
     for text, wrong in {
         "--form signed needs --loss lsd or esd, without --divergence square": args.form == "signed"
         and (args.loss in ("psd", "dmd") or square),
         "--loss dmd excludes --joint, --guidance and --divergence square": dmd
-        and (args.joint or not plain or square),
+        and (args.joint or guided or square),
         "--joint excludes --guidance and --diagonal-from stage1": args.joint
-        and (not plain or args.diagonal_from == "stage1"),
-        "--guidance needs --loss psd and --diagonal-from stage1": not plain
-        and (args.loss != "psd" or args.diagonal_from == "data"),
-        "--guidance needs a stage 1 trained with --context and --context-dropout": not plain
-        and not (args.context and args.context_dropout),
+        and (guided or args.diagonal_from == "stage1"),
+        "--guidance needs --loss psd, --diagonal-from stage1, and a stage 1 with --context and "
+        "--context-dropout": guided
+        and not (args.loss == "psd" and args.diagonal_from == "stage1" and args.context_dropout),
         "--psd-share goes with --loss lsd or esd": args.psd_share and args.loss in ("psd", "dmd"),
-        f"--diagonal-share makes {diagonal:g} of {args.micro_batch} rows: give another or "
-        "--micro-batch, for a whole number, not all": args.diagonal_share == 1
-        or round(diagonal, 6) % 1
+        f"--diagonal-share and --psd-share make {diagonal:g} and {to_data:g} of {rows} rows: both "
+        "must be whole, and leave others; change them or --micro-batch": not whole
+        or 1 in (args.diagonal_share, args.psd_share)
         or not (dmd or diagonal),
-        f"--psd-share makes {to_data:g} rows of a micro-batch: give a whole number, not all": (
-            args.psd_share == 1 or round(to_data, 6) % 1
-        ),
     }.items():
         if wrong:
             raise SystemExit(text)
 
 
-def load_networks(args, meta):
-    """(student, frozen stage 1, the checkpoint) of args.checkpoint, or of args.out to resume.
+def load_networks(args, meta, resumed):
+    """(student, frozen stage 1): from the dict `resumed` or, in a new run, from args.checkpoint.
 
     The student is a copy of stage 1 or, for dmd and to resume, a map that carries its stage 1. The
     flags that shape contexts are taken from there.
     """
-    path = args.out if args.resume else args.checkpoint
-    model, checkpoint = load_model(path)
+    model, checkpoint = load_model(resumed or args.checkpoint)
     earlier = checkpoint["args"]
-    same_tokens(path, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
-    if "loss" in earlier and not args.resume and args.loss != "dmd":
-        raise SystemExit(f"{path} is a map: give a stage 1 with --checkpoint, or --loss dmd")
+    same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
+    if "loss" in earlier and not resumed and args.loss != "dmd":
+        raise SystemExit(f"{args.checkpoint} is a map: name a stage 1, or add --loss dmd")
     if args.loss == "dmd" and earlier.get("guidance", 1) != 1:
-        raise SystemExit(f"{path} was distilled with guidance, which --loss dmd would undo")
+        raise SystemExit(f"{args.checkpoint} was distilled with guidance: --loss dmd would undo it")
     for name in ("context", "block_size", "context_dropout"):
         setattr(args, name, earlier.get(name))
     stage1 = copy.deepcopy(model)
@@ -519,7 +511,7 @@ def load_networks(args, meta):
     model.train().requires_grad_(True)
     if not args.joint:
         model.embedding.requires_grad_(False)  # all networks must see the same y = x W
-    return model, stage1, checkpoint
+    return model, stage1
 
 
 def main():
@@ -527,14 +519,13 @@ def main():
     distillation_flags(parser)
     text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
     train_diagonal.training_flags(parser, None, text)
-    args = train_diagonal.parse_training_args(parser)
+    args = parser.parse_args()
+    resolve_machine(args)
     set_defaults(args)
     meta = read_meta(args.data)
-    train_diagonal.check_new_run(args)
-    model, stage1, checkpoint = load_networks(args, meta)
-    resumed = train_diagonal.read_resumed(args, meta, checkpoint)
-    del checkpoint  # free its weights
     ranks = train_diagonal.start_ranks(args)
+    resumed = train_diagonal.read_resumed(args, meta, ranks[0])
+    model, stage1 = load_networks(args, meta, resumed)
     refuse_contradictions(args)
     critic = None
     if args.loss == "dmd":

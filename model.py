@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import signal
 import subprocess
 import zipfile
@@ -28,8 +29,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 
-# ------------------------------------------------------------------------------------------------
-# The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47).
+# ---- The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47). ------------------------------------
 
 
 class Interpolant(NamedTuple):
@@ -110,9 +110,9 @@ INTERPOLANTS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# The noise schedule (36) turns "progress" tau, uniform in [0, 1], into a time, in training and in
-# sampling. The identities contain it only if positions have times of their own (distill.Jump).
+# ---- The noise schedule (36). ------------------------------------------------------------------
+# It turns "progress" tau, uniform in [0, 1], into a time, in training and in sampling. The
+# identities contain it only if positions have times of their own (distill.Jump).
 
 # The last progress visited: at t = 1 the Eulerian teacher is 0/0 and the drift infinite. Under the
 # argmax schedule, argmax x_t is then the clean token with probability 0.9999 or more.
@@ -156,8 +156,7 @@ def lagged(tau, lag, L):
     return tau / denominator, odds / denominator**2
 
 
-# ------------------------------------------------------------------------------------------------
-# The network: embedded state y and two times -> hidden vectors h. Logits are z_st = h @ head.T.
+# ---- The network: embedded state y and two times -> h, with logits z_st = h @ head.T. ----------
 
 SIZES = {
     "tiny": dict(layers=3, width=128, heads=4),
@@ -249,19 +248,16 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def split(self, x, rotary):
-        """(B, L, 3 D) -> rotated queries, rotated keys, values, each (B, heads, L, D / heads)."""
-        q, k, v = x.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # v is copied: as a view it would keep all of x alive until the backward pass.
-        return rotate(q, *rotary), rotate(k, *rotary), v.contiguous()
-
     def forward(self, h, time, rotary, past=None, causal=False):
         """h (B, L, D), time (B, 1 or L, time_width) -> h and this block's (keys, values).
 
         past: the (keys, values) of a context, which those returned then include.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)
-        q, k, v = self.split(self.qkv(modulate(norm(h), shift_a, scale_a)), rotary)
+        x = self.qkv(modulate(norm(h), shift_a, scale_a)).unflatten(2, (3, self.heads, -1))
+        q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        v = v.contiguous()  # as a view it would keep all of x alive until the backward pass
         if past is not None:
             k = torch.cat([past[0], k], 2)
             v = torch.cat([past[1], v], 2)
@@ -319,9 +315,10 @@ class DiT(nn.Module):
         context: None for whole rows, or a pair: each block's keys and values of a clean context, or
         None; and cos and sin of the positions of y. Times: (B, 1 or L), 0 <= s <= t <= 1.
         """
+        L = y.shape[1]
+        keys, rotary = context or ([None] * len(self.blocks), (self.cos[:L], self.sin[:L]))
         h = y
         time = self.embed_times(s, t)
-        keys, rotary = context or self.no_context(y)
         for block, past in zip(self.blocks, keys, strict=True):
             h, _ = self.call(block.forward, h, time, rotary, past)
         shift, scale = self.final_modulation(time).chunk(2, -1)
@@ -335,14 +332,13 @@ class DiT(nn.Module):
         """
         pairs = zip((y, s, t), (dy, ds, dt), strict=True)
         tangents = [torch.zeros_like(x) if dx is None else dx.to(x.dtype) for x, dx in pairs]
-        _, dh = self.tangent((y, s, t), tuple(tangents), context)
-        return self(y, s, t, context), dh
+        return self(y, s, t, context), self.tangent((y, s, t), tuple(tangents), context)
 
     @torch.no_grad()
     def tangent(self, inputs, tangents, context):
         """jvp of `forward`. No fused attention kernel has a forward mode, so plain operations."""
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(lambda *x: self(*x, context), inputs, tangents)
+            return torch.func.jvp(lambda *x: self(*x, context), inputs, tangents)[1]
 
     def log_scale(self, s, t):
         """Learned weight w(s, t) of the loss exp(-w) loss + w: times (B, 1 or L) -> same shape."""
@@ -350,11 +346,6 @@ class DiT(nn.Module):
         return self.loss_weight(features).squeeze(-1)
 
     # --- clean contexts (section 4.2) ---
-
-    def no_context(self, y):
-        """The `context` of whole rows: no keys, the first L positions."""
-        L = y.shape[1]
-        return [None] * len(self.blocks), (self.cos[:L], self.sin[:L])
 
     def encode(self, tokens, past=None):
         """Causal pass over clean tokens (B, c) at time 1: each block's (keys, values).
@@ -490,8 +481,7 @@ class Conditional:
         return getattr(self.model, name)
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses over a vocabulary, without logits of shape (B, L, V).
+# ---- Losses over a vocabulary, without logits of shape (B, L, V). ------------------------------
 
 
 def softmax(z):
@@ -616,9 +606,7 @@ def entropy(p):
     return -torch.xlogy(p, p).sum(-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading.
-#
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
 # Randomness: a function of (seed, step, row of the global batch), however those rows are split.
 
 
@@ -670,8 +658,7 @@ class Draw:
         return torch.from_numpy((offset + self.rows[:, None] * powers) % 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints: runs/NAME/checkpoint-STEP.pt, a dict of tensors and plain builtins.
+# ---- Checkpoints: runs/NAME/checkpoint-STEP.pt, a dict of tensors and plain builtins. ----------
 
 
 @contextlib.contextmanager
@@ -692,32 +679,21 @@ def atomic_write(path, mode="w"):
         os.fsync(folder)  # the new name is on disk before anyone deletes an older file
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"cannot write {path}: {reason}; make room, or write elsewhere") from None
+        raise SystemExit(f"cannot write {path} ({error}): make room, or write elsewhere") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
-def step_of(path):
-    """The step in a name checkpoint-STEP.pt; -1 for other names."""
-    step = path.stem.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else -1
-
-
 def checkpoints(folder):
     """The checkpoints in a run's folder, newest first."""
-    paths = [path for path in Path(folder).glob("checkpoint-*.pt") if step_of(path) >= 0]
-    return sorted(paths, key=step_of, reverse=True)
+    names = [re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in Path(folder).glob("*.pt")]
+    newest_first = sorted(filter(None, names), key=lambda name: -int(name[1]))
+    return [Path(folder) / name[0] for name in newest_first]
 
 
 def save_checkpoint(folder, content, keep):
     """Write folder/checkpoint-STEP.pt; only once it is safe, delete all but the newest `keep`."""
-    step = content["step"]
-    path = Path(folder) / f"checkpoint-{step}.pt"
-    weights = [*content["model"].values(), *content["ema"].values()]
-    if not torch.stack([w.isfinite().all() for w in weights]).all():
-        raise SystemExit(f"weights are not finite at step {step}: --resume with a lower --lr")
-    with atomic_write(path, "wb") as file:
+    with atomic_write(Path(folder) / f"checkpoint-{content['step']}.pt", "wb") as file:
         torch.save(content, file)
     for old in checkpoints(folder)[keep:]:
         old.unlink()
@@ -730,23 +706,21 @@ def read_checkpoint(path):
     if not found or not found[0].is_file():
         raise SystemExit(f"no checkpoint at {path}: train one, or name another file or run folder")
     try:
-        with zipfile.ZipFile(found[0]) as archive:  # torch.load does not compare checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} in it does not match its checksum")
+        if damaged := zipfile.ZipFile(found[0]).testzip():  # torch.load compares no checksums
+            raise ValueError(f"{damaged} in it does not match its checksum")
         return torch.load(found[0], map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         older = f"delete it to go on from {found[1]}" if len(found) > 1 else "name another"
-        raise SystemExit(f"{found[0]} cannot be read ({reason}): {older}") from None
+        raise SystemExit(f"{found[0]} cannot be read ({error}): {older}") from None
 
 
-def load_model(path, device="cpu", **changes):
-    """(DiT with the averaged weights in eval mode, the dict) of a checkpoint or a run's folder.
+def load_model(source, device="cpu", **changes):
+    """(DiT with the averaged weights in eval mode, the dict) of a checkpoint: a path or its dict.
 
     It needs "ema", "model_config", "meta" and "args" alone. changes: entries of its `ModelConfig`
     to replace that no weight depends on, such as seq_len.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
     model.load_state_dict(checkpoint["ema"], strict=True)
     return model.to(device).eval().requires_grad_(False), checkpoint

@@ -17,14 +17,13 @@ each gradient what conflicts with earlier losses. The scalars are detached means
 
 import argparse
 import atexit
-import contextlib
 import copy
+import fcntl
 import functools
 import itertools
 import json
 import os
 import platform
-import resource
 import signal
 import sys
 import time
@@ -62,8 +61,7 @@ from model import (
 )
 from prepare_data import new_parser, positive, say
 
-# ------------------------------------------------------------------------------------------------
-# The objective.
+# ---- The objective. ----------------------------------------------------------------------------
 
 
 def cross_entropy(z, tokens):
@@ -94,8 +92,7 @@ def diagonal_loss(model, tokens, draw, power=0.5, target=None):
     return {"diagonal": loss}, {name: report["loss"].mean()}
 
 
-# ------------------------------------------------------------------------------------------------
-# Clean contexts (section 4.2).
+# ---- Clean contexts (section 4.2). -------------------------------------------------------------
 
 
 def draw_contexts(L, draw, args):
@@ -145,8 +142,7 @@ def by_context(loss, networks, tokens, draw, args):
     return losses, scalars
 
 
-# ------------------------------------------------------------------------------------------------
-# Gradients.
+# ---- Gradients. --------------------------------------------------------------------------------
 
 
 def gradients(params, objective, model, batches, surgery):
@@ -215,8 +211,7 @@ def remove_conflict(first, second):
     return (inner < 0).float()
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop.
+# ---- The loop. ---------------------------------------------------------------------------------
 
 SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
 VAL_SEED = 1 << 40  # the seed of validation's noise, which no run trains with
@@ -229,13 +224,10 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
     ranks: from `start_ranks`. resumed: a checkpoint to continue, by which no number changes.
     stage1: a frozen network, kept in each checkpoint. critic: a second network that the objective
     trains (distill.py --loss dmd), with a learning rate and clipping of its own; Adam's first decay
-    is then 0 for both. SIGTERM and SIGINT save and end the run after the current step, with exit
-    code 143.
+    is then 0 for both. A signal saves and ends the run after the current step, with exit code 143.
     """
     rank, world, device = ranks
     data = {split: prepare_data.read_rows(args.data, split, meta) for split in ("train", "val")}
-    if not len(data["train"]):
-        raise SystemExit(f"{args.data} has no training rows: it was made with --val-only")
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)  # the moving average
     saved = {"model": model, "ema": ema}
@@ -256,7 +248,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         resumed.clear()  # free its weights: the caller holds the dict as long as the run lasts
     check_ranks_agree(done, meta)
     if rank == 0:
-        write_config(args, done)
+        claim_folder(args, done)
     for network in trained:
         network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -269,16 +261,17 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
     # A rank takes the same rows of each global batch, one line of this array a micro-batch.
     own_rows = np.arange(args.batch_size).reshape(world, -1, args.micro_batch)[rank]
 
-    def load(split, seed, step):
-        """This rank's tokens of a step: a list of tensors (micro-batch, L)."""
-        places = [step * args.batch_size + rows for rows in own_rows]
-        tokens = [take_rows(data[split], meta["vocab_size"], seed, p) for p in places]
-        return [t.pin_memory() for t in tokens] if device.type == "cuda" else tokens
-
-    def on_device(tokens, seed, step):
-        """The micro-batches of a step: a list of (tokens, Draw)."""
-        tokens = [t.to(device, non_blocking=True) for t in tokens]
-        return [(t, Draw(seed, step, r, device)) for t, r in zip(tokens, own_rows, strict=True)]
+    def batches(split, step, order_seed, noise_seed):
+        """This rank's micro-batches of a step: a list of (tokens (micro-batch, L), Draw)."""
+        parts = []
+        for rows in own_rows:
+            places = step * args.batch_size + rows
+            tokens = take_rows(data[split], meta["vocab_size"], order_seed, places)
+            if device.type == "cuda":
+                tokens = tokens.pin_memory()
+            tokens = tokens.to(device, non_blocking=True)
+            parts.append((tokens, Draw(noise_seed, step, rows, device)))
+        return parts
 
     def save():
         content = {name: part.state_dict() for name, part in saved.items()}
@@ -289,7 +282,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
     log = Log(args, ranks, done, meta["seq_len"])
     stop = catch_signals()
     reader = ThreadPoolExecutor(1)
-    next_tokens = reader.submit(load, "train", args.seed, done)
+    ahead = reader.submit(batches, "train", done, args.seed, args.seed)
     if rank == 0 and args.steps == 0:
         save()  # an untrained network, for distill.py --joint
     for step in range(done, args.steps):
@@ -298,10 +291,10 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         for group, lr in zip(optimizer.param_groups, trained.values(), strict=True):
             group["lr"] = lr * min(1, warm, cool)
 
-        batches = on_device(next_tokens.result(), args.seed, step)
-        next_tokens = reader.submit(load, "train", args.seed, step + 1)  # read ahead
+        micro_batches = ahead.result()
+        ahead = reader.submit(batches, "train", step + 1, args.seed, args.seed)
         with autocast:
-            grads, scalars = gradients(params, objective, model, batches, args.surgery)
+            grads, scalars = gradients(params, objective, model, micro_batches, args.surgery)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         largest = args.clip or float("inf")
@@ -330,7 +323,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
             totals = {}
             with torch.no_grad(), autocast:
                 for k in range(VAL_BATCHES):  # the same rows and noise every time
-                    for tokens, draw in on_device(load("val", 0, k), VAL_SEED, k):
+                    for tokens, draw in batches("val", k, 0, VAL_SEED):
                         add_to(totals, objective(ema, tokens, draw)[1])
             scores = means(totals, VAL_BATCHES * len(own_rows))
             extra |= {f"val_{name}": value for name, value in scores.items()}
@@ -349,10 +342,11 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
 
 
 def catch_signals():
-    """A list that stays empty until SIGTERM or SIGINT arrives."""
+    """A list that stays empty until a signal asks the run to end."""
     caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, frame: caught.append(number))
     return caught
 
 
@@ -370,10 +364,7 @@ def means(sums, count):
     return dict(zip(sums, (values / count).tolist(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading.
-#
-# Rows of tokens, in an order that is a function of (seed, epoch).
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=2)
@@ -393,10 +384,6 @@ def take_rows(rows, vocab_size, seed, positions):
     return torch.from_numpy(tokens)
 
 
-# ------------------------------------------------------------------------------------------------
-# The log.
-
-
 class Log:
     """Means since the last line, to log.jsonl and the terminal. The sums stay on the device."""
 
@@ -404,11 +391,11 @@ class Log:
         self.args = args
         self.rank, world, self.device = ranks
         self.tokens = args.batch_size * seq_len  # a step
-        hidden = self.rank > 0 or not sys.stderr.isatty()
+        self.bad_steps = 0  # in a row, up to the last line
+        hidden = True if self.rank else None  # None: hidden unless on a terminal
         self.bar = tqdm(initial=start, total=args.steps, disable=hidden, unit="step")
         work = f"steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens"
         self.say(f"{args.out}: {work}, on {world} x {self.device.type}, {args.dtype}")
-        self.streak = torch.zeros((), device=self.device)  # bad steps in a row, up to now
         self.reset()
 
     def reset(self):
@@ -420,47 +407,41 @@ class Log:
         """Add a step's scalars; a step that is not finite counts as skipped and is in no mean."""
         self.bar.update()
         self.steps += 1
-        self.latest = scalars
-        self.streak = torch.where(finite, 0, self.streak + 1)
         kept = {name: value.where(finite, 0) for name, value in scalars.items()}
         add_to(self.sums, kept | {"skipped": (~finite).float()})
 
+    def speed(self):
+        """Seconds a step since `reset`, compilation included, and tokens a second."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - self.clock) / self.steps
+        speed = {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds}
+        if self.device.type == "cuda":
+            speed["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return speed
+
     def write(self, done, extra):
-        """Write a line, from rank 0. SystemExit after more than SKIP_LIMIT bad steps in a row."""
-        sums = means(self.sums | {"streak": self.streak}, 1)
-        if sums.pop("streak") > SKIP_LIMIT:
-            bad = [name for name, value in means(self.latest, 1).items() if not np.isfinite(value)]
-            found = f"{bad[0]} is not finite at step {done} and {SKIP_LIMIT} or more before"
-            raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
+        """Write a line, from rank 0. SystemExit if more than SKIP_LIMIT steps in a row were bad."""
+        sums = means(self.sums, 1)
         skipped = sums.pop("skipped")
         good = self.steps - skipped
+        self.bad_steps = 0 if good else self.bad_steps + self.steps
+        if self.bad_steps > SKIP_LIMIT:
+            found = f"no gradient was finite in the last {self.bad_steps} steps up to {done}"
+            raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
         line = {"step": done} | {name: value / good for name, value in sums.items() if good}
         line |= ({"skipped": skipped} if skipped else {}) | extra
         if self.rank > 0:
             return
-        try:
-            with open(self.args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
-        except OSError as error:
-            raise SystemExit(f"cannot write log.jsonl: {error}; make room, then --resume") from None
+        with open(self.args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
         hidden = ("loss_", "lr", "grad", "distance", "teacher", "peak", "seconds", "step")
         shown = {name: value for name, value in line.items() if not name.startswith(hidden)}
         numbers = [f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in shown.items()]
         left = tqdm.format_interval((self.args.steps - done) * line["seconds_per_step"])
         self.say("  ".join([f"step {done:,}/{self.args.steps:,}", *numbers, f"{left} left"]))
-
-    def speed(self):
-        """Seconds a step since `reset`, compilation included, tokens a second and peak memory."""
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        seconds = (time.perf_counter() - self.clock) / self.steps
-        speed = {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds}
-        return speed | {"peak_memory_gb": peak / 1e9}
 
     def say(self, text):
         """Print a line, above the progress bar, from rank 0."""
@@ -470,12 +451,11 @@ class Log:
             self.bar.refresh()
 
 
-# ------------------------------------------------------------------------------------------------
-# Ranks, files and resuming.
-
-
 def start_ranks(args):
-    """(rank, world size, device) of this process; under torchrun it joins the process group."""
+    """(rank, world size, device) of this process; under torchrun it joins the process group.
+
+    Fills in the defaults of args that depend on them.
+    """
     rank, world = 0, 1
     device = torch.device(args.device)
     backend = "gloo"
@@ -496,6 +476,8 @@ def start_ranks(args):
     if args.batch_size % (world * args.micro_batch):
         found = f"--batch-size {args.batch_size} is not a multiple of {world} ranks"
         raise SystemExit(f"{found} x --micro-batch {args.micro_batch}: change one of them")
+    if args.compile is None:
+        args.compile = args.device == "cuda"
     return rank, world, device
 
 
@@ -513,43 +495,52 @@ def check_ranks_agree(step, meta):
             raise SystemExit("the ranks differ in data or step: --data and --out must be shared")
 
 
-def read_resumed(args, meta, checkpoint=None):
-    """The newest checkpoint of args.out if args.resume, else None; says which flags have changed.
+def read_resumed(args, meta, rank):
+    """The newest checkpoint of args.out if args.resume and there is one, else None: a new run.
 
-    checkpoint: it, if it is read already. SystemExit if it is of other data, or at its end.
+    Says which flags have changed since. SystemExit if args.out holds a run that is not to be
+    resumed, one on other data or one that has ended, the last with exit code 0.
     """
-    if not args.resume:
+    found = checkpoints(args.out)
+    if not args.resume and (found or (args.out / "log.jsonl").exists()):
+        raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
+    if not (args.resume and found):
         return None
-    checkpoint = checkpoint or read_checkpoint(args.out)
+    checkpoint = read_checkpoint(args.out)
     prepare_data.same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
-    if checkpoint["step"] >= args.steps:
-        raise SystemExit(f"{args.out} is already at step {checkpoint['step']}; raise --steps")
-    was = checkpoint["args"]
+    was = checkpoint["args"] | {"resume": True, "micro_batch": args.micro_batch}
     for key, value in plain(args).items():
-        if key not in ("resume", "micro_batch") and was.get(key) != value:
+        if rank == 0 and was.get(key) != value:
             say(f"resuming with {key} {value}; it was {was.get(key)}")
+    if checkpoint["step"] >= args.steps:
+        if rank == 0:
+            say(f"{args.out} is already at step {checkpoint['step']:,}; --steps sets a later end")
+        raise SystemExit(0)  # so that a chain of jobs goes on
     return checkpoint
 
 
-def write_config(args, start):
-    """Append this start to config.jsonl, and keep the lines up to step `start` of an old log."""
+def claim_folder(args, start):
+    """Make args.out this run's: lock it, describe the start, drop what the log has beyond it."""
     args.out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(args.out, os.O_RDONLY)  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process trains in {args.out}: change --out") from None
+    except OSError:  # a file system without locks
+        pass
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"step": start, "args": plain(args), "command": sys.argv, "versions": versions}
     with open(args.out / "config.jsonl", "a") as file:
         file.write(json.dumps(config | {"commit": commit()}) + "\n")
     log = args.out / "log.jsonl"
-    kept = []
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError, KeyError):  # a killed run may have cut a line short
-            if json.loads(line)["step"] <= start:
-                kept.append(line + "\n")
-    with atomic_write(log) as file:
-        file.writelines(kept)
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with atomic_write(log) as file:  # a killed run may have cut its last line short
+        whole = (line for line in lines if line.endswith("}\n"))
+        file.writelines(line for line in whole if json.loads(line)["step"] <= start)
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags.
+# ---- Flags. ------------------------------------------------------------------------------------
 
 
 def training_flags(parser, steps, steps_help="optimizer steps"):
@@ -598,21 +589,6 @@ def model_flags(parser):
     add("--context-dropout", type=float, default=0.1, help="share without it, for guidance")
 
 
-def parse_training_args(parser):
-    """Parse, and fill in the defaults that depend on the machine."""
-    args = parser.parse_args()
-    resolve_machine(args)
-    if args.compile is None:
-        args.compile = args.device == "cuda"
-    return args
-
-
-def check_new_run(args):
-    """SystemExit if args.out holds a run already, unless it is to be resumed."""
-    if not args.resume and (checkpoints(args.out) or (args.out / "log.jsonl").exists()):
-        raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
-
-
 def new_model(args, meta):
     """A network from scratch, by the flags of `model_flags` and args.seed."""
     torch.manual_seed(args.seed)
@@ -625,17 +601,18 @@ def main():
     parser = new_parser(__doc__)
     training_flags(parser, steps=1_000_000)
     model_flags(parser)
-    args = parse_training_args(parser)
+    args = parser.parse_args()
+    resolve_machine(args)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     meta = prepare_data.read_meta(args.data)
     size = args.block_size
     if args.context == "block" and (not size or size == meta["seq_len"] or meta["seq_len"] % size):
         raise SystemExit(f"--context block needs a --block-size that divides {meta['seq_len']}")
-    check_new_run(args)
-    resumed = read_resumed(args, meta)
+    ranks = start_ranks(args)
+    resumed = read_resumed(args, meta, ranks[0])
     if args.init:  # the averaged weights, to go on with on rows of any length
-        model, checkpoint = load_model(args.out if resumed else args.init, seq_len=meta["seq_len"])
+        model, checkpoint = load_model(resumed or args.init, seq_len=meta["seq_len"])
         prepare_data.same_tokens(args.init, checkpoint["meta"], args.data, meta)
         say(f"size, path and schedule of the network are those of {args.init}")
         model.train().requires_grad_(True)
@@ -648,7 +625,7 @@ def main():
     def objective(model, tokens, draw):
         return by_context(loss, [model], tokens, draw, args)
 
-    train(args, start_ranks(args), model, objective, meta, resumed)
+    train(args, ranks, model, objective, meta, resumed)
 
 
 if __name__ == "__main__":
