@@ -439,10 +439,8 @@ class DiT(nn.Module):
         with torch.no_grad():
             low_embedding = in_autocast_dtype(self.embedding)
             psi_of = maybe_compiled(probabilities, self.compiled)
-            parts = [
-                at_least_float32(psi_of(z) @ low_embedding) for _, z in logit_chunks(h, self.head)
-            ]
-        return torch.cat(parts).view(h.shape)
+            parts = [psi_of(z) @ low_embedding for _, z in logit_chunks(h, self.head)]
+        return at_least_float32(torch.cat(parts)).view(h.shape)
 
     def compile_parts(self, dynamic=False):
         """torch.compile the blocks and the losses. dynamic: for sizes that change (--context)."""
@@ -507,22 +505,22 @@ def probabilities(z):
     return softmax(z).to(z.dtype)
 
 
-def chunks(rows, width, device):
-    """Cut `rows` rows of `width` values into slices of a power of two, each small enough to hold.
+def rows_at_once(V, device):
+    """Rows of V logits in a chunk, a power of two: 2^23 logits on a CPU, 2^27 elsewhere (0.5 GB).
 
-    2^23 values on a CPU, 2^27 elsewhere (0.5 GB in float32): large enough that adding a (V, D)
-    gradient once a slice costs little. It does not depend on free memory, so that a run repeats.
+    So many that adding a (V, D) gradient once a chunk costs little; always as many, so runs repeat.
     """
-    elements = 1 << (23 if device.type == "cpu" else 27)
-    step = 1 << max(0, round(math.log2(elements / width)))
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+    logits = 2 ** (23 if device.type == "cpu" else 27)
+    return 2 ** max(0, round(math.log2(logits / V)))
 
 
 def logit_chunks(h, head):
     """Yield (rows, logits (n, V)) for hidden vectors h (..., D), rows being a slice of them all."""
     flat = in_autocast_dtype(h).flatten(0, -2)
     low_head = in_autocast_dtype(head)
-    for rows in chunks(len(flat), len(head), head.device):
+    step = rows_at_once(len(head), head.device)
+    for start in range(0, len(flat), step):
+        rows = slice(start, start + step)
         yield rows, flat[rows] @ low_head.T
 
 
@@ -532,8 +530,8 @@ def maybe_compiled(function, compiled):
     return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
 
 
-# One row's loss: hidden vector h -> logits z = h headᵀ -> teacher q -> (loss, g = p - q) -> on the
-# way back at once g head, the gradient of h, and gᵀ h, that of the head.
+# One row's loss: hidden vector h -> logits z = h headᵀ -> teacher q -> (loss, g = p - q) -> at once
+# the gradients g head of h and gᵀ h of the head, so that no (rows, V) tensor survives.
 
 
 class RowLoss(NamedTuple):
@@ -549,10 +547,7 @@ class RowLoss(NamedTuple):
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum_i scale_i w_i loss_i over rows of hidden vectors, with gradients found on the way.
-
-    In chunks: logits, their gradient g, at once g @ head and g.T @ h. No (rows, V) tensor survives.
-    """
+    """`head_loss`, in chunks: logits, their gradient g, at once g @ head and g.T @ h."""
 
     @staticmethod
     def forward(ctx, h, head, scale, row_loss, c, r, compiled):
@@ -563,9 +558,8 @@ class HeadLoss(torch.autograd.Function):
         loss_of = maybe_compiled(chunk_loss, compiled)
         total = scale.new_zeros(())
         reports = []
-        for rows in chunks(len(h), len(head), head.device):
+        for rows, z in logit_chunks(low_h, low_head):
             inputs = (*(x[rows] for x in row_loss.by_row), *row_loss.shared)
-            z = low_h[rows] @ low_head.T
             loss, report, g = loss_of(row_loss.function, z, scale[rows], c, r, inputs)
             total += loss
             reports.append(report)

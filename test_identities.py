@@ -36,7 +36,7 @@ from sample import choose, continue_text, generate, renoise, uniforms
 torch.set_num_threads(1)  # small tensors; the other cores have tests of their own
 PATHS = [*INTERPOLANTS, "quadratic"]
 LAGS = [0.0, 1.5]  # one time for all positions, or one for each (38)
-CHUNKS = net.chunks
+ROWS_AT_ONCE = net.rows_at_once
 V, L = 5, 3
 QUADRATIC = net.Interpolant(  # a new path is one entry of INTERPOLANTS
     alpha=lambda t: 1 - t**2,
@@ -56,9 +56,7 @@ SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 def patched(monkeypatch):
     """The new path, and more than one chunk in loops over chunks, however small the tensor."""
     monkeypatch.setitem(INTERPOLANTS, "quadratic", QUADRATIC)
-    monkeypatch.setattr(
-        net, "chunks", lambda n, *_: [slice(i, i + n // 3 + 1) for i in range(0, n, n // 3 + 1)]
-    )
+    monkeypatch.setattr(net, "rows_at_once", lambda *_: 5)
 
 
 def column(*values):
@@ -862,11 +860,9 @@ def test_sizes():
         block = sum(p.numel() for p in net.Block(config).parameters())
     total = block * config.layers + 2 * config.vocab_size * config.width  # and the time's part
     assert round(total / 1e6) == 169
-    for rows, vocab in ((1, 50257), (1000, 27), (65536, 50257)):
-        found = CHUNKS(rows, vocab, torch.device("cpu"))
-        assert [i for part in found for i in range(rows)[part]] == list(range(rows))
-        assert all(len(range(rows)[part]) * vocab < 1.5 * 2**23 for part in found)
-    assert CHUNKS(65536, 50257, torch.device("cuda"))[0] == slice(0, 2048)
+    assert ROWS_AT_ONCE(50257, torch.device("cpu")) == 128
+    assert ROWS_AT_ONCE(50257, torch.device("cuda")) == 2048
+    assert ROWS_AT_ONCE(10**9, torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize("causal", [False, True])

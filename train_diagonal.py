@@ -247,8 +247,6 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
             part.load_state_dict(resumed[name])
         resumed.clear()  # free its weights: the caller holds the dict as long as the run lasts
     check_ranks_agree(done, meta)
-    if rank == 0:
-        claim_folder(args, done)
     for network in trained:
         network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -266,11 +264,11 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         parts = []
         for rows in own_rows:
             places = step * args.batch_size + rows
-            tokens = take_rows(data[split], meta["vocab_size"], order_seed, places)
+            tokens = take_rows(data[split], order_seed, places)
             if device.type == "cuda":
                 tokens = tokens.pin_memory()
-            tokens = tokens.to(device, non_blocking=True)
-            parts.append((tokens, Draw(noise_seed, step, rows, device)))
+            draw = Draw(noise_seed, step, rows, device)
+            parts.append((tokens.to(device, non_blocking=True), draw))
         return parts
 
     def save():
@@ -373,15 +371,11 @@ def epoch_order(seed, epoch, rows):
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def take_rows(rows, vocab_size, seed, positions):
+def take_rows(rows, seed, positions):
     """Tokens int64 (n, L) at positions (n,) of the endless sequence of shuffled epochs."""
     places = zip(*np.divmod(positions, len(rows)), strict=True)
     index = [epoch_order(seed, int(epoch), len(rows))[place] for epoch, place in places]
-    tokens = rows[index].astype(np.int64)
-    if tokens.max() >= vocab_size:
-        found = f"the data hold token {tokens.max()}, beyond the vocabulary"
-        raise SystemExit(f"{found}: make them again with prepare_data.py --force")
-    return torch.from_numpy(tokens)
+    return torch.from_numpy(rows[index].astype(np.int64))
 
 
 class Log:
@@ -390,6 +384,7 @@ class Log:
     def __init__(self, args, ranks, start, seq_len):
         self.args = args
         self.rank, world, self.device = ranks
+        self.lock = claim_folder(args, start) if self.rank == 0 else None
         self.tokens = args.batch_size * seq_len  # a step
         self.bad_steps = 0  # in a row, up to the last line
         hidden = True if self.rank else None  # None: hidden unless on a terminal
@@ -520,24 +515,27 @@ def read_resumed(args, meta, rank):
 
 
 def claim_folder(args, start):
-    """Make args.out this run's: lock it, describe the start, drop what the log has beyond it."""
+    """Make args.out this run's: lock it, describe the start, drop what the log has beyond it.
+
+    Returns the open config.jsonl, which holds the lock until it is closed.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(args.out, os.O_RDONLY)  # held until this process ends
+    file = open(args.out / "config.jsonl", "a")  # noqa: SIM115
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"another process trains in {args.out}: change --out") from None
     except OSError:  # a file system without locks
         pass
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"step": start, "args": plain(args), "command": sys.argv, "versions": versions}
-    with open(args.out / "config.jsonl", "a") as file:
-        file.write(json.dumps(config | {"commit": commit()}) + "\n")
+    print(json.dumps(config | {"commit": commit()}), file=file, flush=True)
     log = args.out / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    with atomic_write(log) as file:  # a killed run may have cut its last line short
-        whole = (line for line in lines if line.endswith("}\n"))
-        file.writelines(line for line in whole if json.loads(line)["step"] <= start)
+    whole = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last short
+    with atomic_write(log) as kept:
+        kept.writelines(line for line in whole if json.loads(line)["step"] <= start)
+    return file
 
 
 # ---- Flags. ------------------------------------------------------------------------------------
