@@ -17,6 +17,7 @@ each gradient what conflicts with earlier losses. The scalars are detached means
 
 import argparse
 import atexit
+import contextlib
 import copy
 import fcntl
 import functools
@@ -24,6 +25,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -473,6 +475,11 @@ def start_ranks(args):
         raise SystemExit(f"{found} x --micro-batch {args.micro_batch}: change one of them")
     if args.compile is None:
         args.compile = args.device == "cuda"
+    compilers = [os.environ.get("CXX", "g++")]
+    if args.device == "cuda":
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise SystemExit(f"--compile needs {compilers[0]}: install it, or add --no-compile")
     return rank, world, device
 
 
@@ -482,12 +489,15 @@ def plain(args):
 
 
 def check_ranks_agree(step, meta):
-    """SystemExit if the ranks differ in step or data: machines may not share their files."""
-    if dist.is_initialized():
-        found = [None] * dist.get_world_size()
+    """SystemExit if the ranks differ in step or data, or if one of them has not come this far."""
+    if not dist.is_initialized():
+        return
+    found = [None] * dist.get_world_size()
+    with contextlib.suppress(RuntimeError):  # the connection to a rank that failed is closed
         dist.all_gather_object(found, (step, meta["sha256"]))
-        if any(other != found[0] for other in found):
-            raise SystemExit("the ranks differ in data or step: --data and --out must be shared")
+    if any(other != found[0] for other in found) or not found[0]:
+        expected = "all machines must see the same --data, --checkpoint and --out"
+        raise SystemExit(f"a rank failed to start, or has other data or another step: {expected}")
 
 
 def read_resumed(args, meta, rank):
