@@ -30,15 +30,11 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 
@@ -58,6 +54,13 @@ SOURCES = {
 # From documents to rows.
 
 
+def batches(items):
+    """Lists of up to 1,000 items: enough to share between threads, small enough for the memory."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, 1000)):
+        yield batch
+
+
 def pack(documents, seq_len, bos, eos):
     """Join documents (integer sequences) and cut them, as above, into blocks of uint16 rows (n, L).
 
@@ -66,8 +69,7 @@ def pack(documents, seq_len, bos, eos):
     body = seq_len if bos is None else seq_len - 2
     end = [] if eos is None else [eos]
     stream = np.zeros(0, np.uint16)  # what is not yet in a row
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, 1000)):  # concatenating one by one is slow
+    for batch in batches(documents):  # concatenating one by one is slow
         pieces = [piece for ids in batch for piece in (ids, end)]
         # numpy takes an empty list for floats.
         stream = np.concatenate([stream, *pieces], dtype=np.uint16, casting="unsafe")
@@ -83,29 +85,13 @@ def text_rows(args):
     splits = load_texts(args)
     if args.tokenizer == "char":
         return char_rows(args, splits)
-    tokenizer = describe_tokenizer(args.tokenizer, args.bert)
-    ends = tokenizer["bos_id"], tokenizer["eos_id"]
-    return tokenizer, [pack(encoded(split, args), args.seq_len, *ends) for split in splits]
-
-
-def encoded(texts, args):
-    """The token ids of each text in order, uint16 arrays, encoded by args.workers processes."""
-    encode = functools.partial(encode_batch, args.tokenizer, args.bert)
-    waiting = collections.deque()
-    with ProcessPoolExecutor(args.workers, initializer=follow_parent) as pool:
-        while batch := list(itertools.islice(texts, 1000)):
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 2 * args.workers:  # bounds the memory
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-
-def follow_parent():
-    """In a new process: leave Ctrl-C to the parent, and end when it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    tokenizer, encode = load_tokenizer(args)
+    blocks = []
+    for split in splits:
+        documents = itertools.chain.from_iterable(map(encode, batches(split)))
+        documents = filter(None, documents)  # an empty one adds no EOS
+        blocks.append(pack(documents, args.seq_len, tokenizer["bos_id"], tokenizer["eos_id"]))
+    return tokenizer, blocks
 
 
 def char_rows(args, splits):
@@ -301,51 +287,43 @@ def build(args, folder):
 
 
 @functools.cache
-def pretrained(name, where=None):
-    """The gpt2 or bert tokenizer; `where`, for bert alone, is a name on the hub or a folder."""
+def gpt2():
+    """GPT-2's tokenizer."""
     try:
-        if name == "gpt2":
-            import tiktoken
+        import tiktoken
 
-            return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # ImportError, OSError, or one of requests
+        found = f"cannot load the gpt2 tokenizer ({reason(error)})"
+        raise SystemExit(f"{found}; check the network, or set TIKTOKEN_CACHE_DIR") from None
+
+
+def load_tokenizer(args):
+    """Return the tokenizer's part of meta.json, and a function texts -> the token ids of each."""
+    if args.tokenizer == "gpt2":
+        eot = gpt2().eot_token
+        meta = dict(tokenizer="gpt2", vocab_size=gpt2().n_vocab)
+        meta |= dict(bos_id=eot, eos_id=eot, pad_id=None)
+        return meta, functools.partial(gpt2().encode_ordinary_batch, num_threads=args.workers)
+    try:
         from transformers import BertTokenizerFast
 
-        tokenizer = BertTokenizerFast.from_pretrained(where)
-        if len(tokenizer) < 1000:  # transformers 5 returns an empty one if it finds no files
-            raise ValueError(f"no vocabulary at {where!r}")
-        cased = any(word[:1] != "[" and word != word.lower() for word in tokenizer.get_vocab())
-        if cased and tokenizer.init_kwargs.get("do_lower_case", True):
+        bert = BertTokenizerFast.from_pretrained(args.bert)
+        if len(bert) < 1000:  # transformers 5 returns an empty one if it finds no files
+            raise ValueError(f"no vocabulary at {args.bert!r}")
+        words = bert.convert_ids_to_tokens(list(range(len(bert))))
+        lower_case = bert.init_kwargs.get("do_lower_case", True)
+        if lower_case and any(word[:1] != "[" and word != word.lower() for word in words):
             advice = 'put {"do_lower_case": false} into its tokenizer_config.json'
             raise ValueError(f"the vocabulary has capitals, which it would never use: {advice}")
-    except Exception as error:  # ImportError, OSError, or one of requests, huggingface_hub, httpx
-        advice = "set TIKTOKEN_CACHE_DIR" if name == "gpt2" else "give a folder with --bert"
-        found = f"cannot load the {name} tokenizer ({reason(error)})"
-        raise SystemExit(f"{found}; check the network, or {advice}") from None
-    return tokenizer
-
-
-def describe_tokenizer(name, where):
-    """The part of meta.json about the word-piece tokenizer `name`; `where` is for bert alone."""
-    if name == "gpt2":
-        gpt2 = pretrained("gpt2")
-        ids = dict(bos_id=gpt2.eot_token, eos_id=gpt2.eot_token, pad_id=None)
-        return dict(tokenizer="gpt2", vocab_size=gpt2.n_vocab, **ids)
-    bert = pretrained("bert", where)
-    ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
-    ids["lower_case"] = bert.init_kwargs.get("do_lower_case", True)
-    vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
-    return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
-
-
-def encode_batch(tokenizer, where, texts):
-    """Encode documents, strings or None, without BOS or EOS: a list of uint16 arrays."""
-    texts = [text or "" for text in texts]
-    if tokenizer == "gpt2":
-        ids = pretrained("gpt2").encode_ordinary_batch(texts, num_threads=1)
-    else:
-        options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids = pretrained("bert", where)(texts, **options)["input_ids"]
-    return [np.array(row, np.uint16) for row in ids if row]  # build has checked that they fit
+    except Exception as error:  # ImportError, OSError, or one of huggingface_hub or httpx
+        found = f"cannot load the bert tokenizer ({reason(error)})"
+        raise SystemExit(f"{found}; check the network, or give a folder with --bert") from None
+    meta = dict(tokenizer="bert", vocab_size=len(bert), bos_id=bert.cls_token_id)
+    meta |= dict(eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
+    meta |= dict(lower_case=lower_case, vocab=words, join=" ")
+    options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return meta, lambda texts: bert(texts, **options)["input_ids"]
 
 
 def encoder(meta):
@@ -354,7 +332,7 @@ def encoder(meta):
     Special tokens in the text, like <|endoftext|>, become their ids; SystemExit at an unknown word.
     """
     if meta["tokenizer"] == "gpt2":
-        return lambda text: pretrained("gpt2").encode(text, allowed_special="all")
+        return lambda text: gpt2().encode(text, allowed_special="all")
     index = {word: i for i, word in enumerate(meta["vocab"])}
     if meta["tokenizer"] == "bert":
         from transformers import BertTokenizerFast
@@ -382,7 +360,7 @@ def decode(meta, ids):
     while ids and ids[-1] == meta["pad_id"]:
         ids.pop()
     if meta["tokenizer"] == "gpt2":
-        return pretrained("gpt2").decode(ids)
+        return gpt2().decode(ids)
     text = meta["join"].join(meta["vocab"][i] for i in ids)
     if meta["tokenizer"] == "bert":
         text = text.replace(" ##", "")  # "##" marks a piece that continues a word
@@ -558,7 +536,8 @@ def parse_args():
     add("--bert", default="bert-base-uncased", help="hub name or folder of the bert tokenizer")
     text = "tokens a row, BOS and EOS included (default: as listed above)"
     add("--seq-len", type=positive, metavar="L", help=text)
-    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise")
+    text = "threads of the gpt2 tokenizer; bert takes every core, or RAYON_NUM_THREADS of them"
+    add("--workers", type=positive, default=os.cpu_count() or 1, help=text)
     args = parser.parse_args()
 
     defaults = SOURCES[args.name]._asdict()
