@@ -23,6 +23,7 @@ a data set is complete or absent.
 import argparse
 import bisect
 import collections
+import contextlib
 import fcntl
 import functools
 import gzip
@@ -31,7 +32,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -124,7 +124,7 @@ def kind(path):
 def load_texts(args):
     """Return the texts of the source's splits, train and if any val, as iterators."""
     paths = [Path(name) for name in args.source]
-    if len(paths) == 1 and kind(paths[0]) not in KINDS and not os.path.exists(paths[0]):
+    if len(paths) == 1 and kind(paths[0]) not in KINDS and not paths[0].exists():
         splits = hub_records(args)
     else:  # one file is open at a time
         files = (read_file(path, args.column, args.documents) for path in local_files(paths))
@@ -139,10 +139,10 @@ def local_files(paths):
     """Replace folders by the files of text in them."""
     files = []
     for path in paths:
-        inside = sorted(path.iterdir()) if os.path.isdir(path) else []
-        files += [file for file in inside if kind(file) in KINDS] or [path]
+        inside = [file for file in sorted(path.glob("*")) if kind(file) in KINDS]
+        files += inside or [path]
     for path in files:
-        if kind(path) not in KINDS or not os.path.isfile(path):
+        if kind(path) not in KINDS or not path.is_file():
             expected = f"expected files of {', '.join(KINDS)}, or folders of them"
             raise SystemExit(f"--source {path} is no file of text; {expected}")
     return files
@@ -150,8 +150,8 @@ def local_files(paths):
 
 def read_file(path, column, documents):
     """The records of one file. In JSON a field may change its type from line to line."""
-    number = 0
-    try:
+    expected = f"expected a whole {kind(path)} file, its text in UTF-8"
+    with explain(f"cannot read {path}", expected):
         if kind(path) == ".parquet":
             import pyarrow.parquet  # comes with datasets
 
@@ -165,13 +165,11 @@ def read_file(path, column, documents):
             if kind(path) == ".txt":
                 yield from ({column: text} for text in cut_text(file, documents))
                 return
-            for number, line in enumerate(file, 1):  # noqa: B007
+            for number, line in enumerate(file, 1):
                 if not line.isspace():
-                    yield dict(**json.loads(line))
-    except (OSError, EOFError, TypeError, ValueError) as error:
-        place = f"line {number} of {path}" if number else path
-        expected = f"it should be a whole {kind(path)} file, its text in UTF-8"
-        raise SystemExit(f"cannot read {place}: {reason(error)}; {expected}") from None
+                    with explain(f"cannot read line {number} of {path}", "expected a JSON object"):
+                        record = dict(**json.loads(line))
+                    yield record
 
 
 def cut_text(file, documents):
@@ -179,57 +177,46 @@ def cut_text(file, documents):
     if documents == "document":
         yield file.read()
         return
-    paragraph = []
+    end = "\n" if documents == "line" else "\n\n"
+    text = ""
     for line in file:
-        if documents == "line":
-            yield line.removesuffix("\n")
-        elif line == "\n" and paragraph:
-            if text := "".join(paragraph)[:-1]:
-                yield text
-            paragraph = []
-        else:  # a second blank line opens the next paragraph
-            paragraph.append(line)
-    if paragraph:
-        yield "".join(paragraph)
+        text += line
+        if text.endswith(end):
+            if text != "\n\n":  # a second blank line opens the next paragraph
+                yield text.removesuffix(end)
+            text = ""
+    if text:
+        yield text
 
 
 def hub_records(args):
     """The records of the train split on the hub and, if any, those of validation or test."""
-    import datasets
+    advice = "check the network, --config and --column, or give files with --source"
+    with explain(f"cannot load {args.source[0]!r}", advice):
+        import datasets
 
-    try:
         found = datasets.load_dataset(path=args.source[0], name=args.config)
         names = [name for name in ("train", "validation", "test") if name in found][:2]
         if not names:
             raise ValueError(f"it has {[*found]}, expected train, validation or test")
         return [found[name].select_columns([args.column]) for name in names]
-    except Exception as error:  # datasets, huggingface_hub and httpx have no common class
-        advice = "check the network, --config and --column, or give files with --source"
-        raise SystemExit(f"cannot load {args.source[0]!r}: {reason(error)}; {advice}") from None
 
 
 def texts(records, column):
     """The text of each record: "" where there is none, which is counted and reported."""
-    record = {}
-    counts = collections.Counter()
-    for record in records:
+    count = 0
+    without = 0
+    for count, record in enumerate(records, 1):  # noqa: B007
         text = record.get(column)
         if not isinstance(text, str):
             text = ""
-            counts["without"] += 1
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can escape it
-            text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-            counts["halves"] += 1
-        counts["all"] += 1
-        yield text
-    if 0 < counts["all"] == counts["without"]:
+            without += 1
+        # JSON can hold half of a surrogate pair: it becomes U+FFFD.
+        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if 0 < count == without:
         raise SystemExit(f"no document has text in --column {column}, found {[*record]}")
-    if counts["without"]:
-        say(f"{counts['without']:,} documents have no {column!r}: they count as empty")
-    if counts["halves"]:
-        say(f"{counts['halves']:,} documents hold half a surrogate pair: it becomes U+FFFD")
+    if without:
+        say(f"{without:,} documents have no {column!r}: they count as empty")
 
 
 def hold_out(texts, count):
@@ -255,8 +242,6 @@ def build(args, folder):
     tokenizer, (train, *val) = source_rows(args)
     if args.val_only:
         train, val = [], [*val, train][:1]
-    if (size := tokenizer["vocab_size"]) > 65536:
-        raise SystemExit(f"a vocabulary of {size} does not fit in uint16; use another tokenizer")
     train_rows, train_sha256 = write_rows(folder / "train.bin", train)
     if not val:  # hold out the last 5% of the rows, at least one
         rows = np.fromfile(folder / "train.bin", "<u2").reshape(-1, args.seq_len)
@@ -289,13 +274,10 @@ def build(args, folder):
 @functools.cache
 def gpt2():
     """GPT-2's tokenizer."""
-    try:
+    with explain("cannot load the gpt2 tokenizer", "check the network, or set TIKTOKEN_CACHE_DIR"):
         import tiktoken
 
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # ImportError, OSError, or one of requests
-        found = f"cannot load the gpt2 tokenizer ({reason(error)})"
-        raise SystemExit(f"{found}; check the network, or set TIKTOKEN_CACHE_DIR") from None
 
 
 def load_tokenizer(args):
@@ -305,20 +287,18 @@ def load_tokenizer(args):
         meta = dict(tokenizer="gpt2", vocab_size=gpt2().n_vocab)
         meta |= dict(bos_id=eot, eos_id=eot, pad_id=None)
         return meta, functools.partial(gpt2().encode_ordinary_batch, num_threads=args.workers)
-    try:
+    advice = "check the network, or give a folder with --bert"
+    with explain(f"cannot load the bert tokenizer {args.bert!r}", advice):
         from transformers import BertTokenizerFast
 
         bert = BertTokenizerFast.from_pretrained(args.bert)
-        if len(bert) < 1000:  # transformers 5 returns an empty one if it finds no files
-            raise ValueError(f"no vocabulary at {args.bert!r}")
+        if not 1000 <= len(bert) <= 65536:  # transformers 5 loads absent files as empty
+            raise ValueError(f"{len(bert):,} words, expected 1,000 to 65,536, which fit in uint16")
         words = bert.convert_ids_to_tokens(list(range(len(bert))))
         lower_case = bert.init_kwargs.get("do_lower_case", True)
         if lower_case and any(word[:1] != "[" and word != word.lower() for word in words):
-            advice = 'put {"do_lower_case": false} into its tokenizer_config.json'
-            raise ValueError(f"the vocabulary has capitals, which it would never use: {advice}")
-    except Exception as error:  # ImportError, OSError, or one of huggingface_hub or httpx
-        found = f"cannot load the bert tokenizer ({reason(error)})"
-        raise SystemExit(f"{found}; check the network, or give a folder with --bert") from None
+            setting = '{"do_lower_case": false} in its tokenizer_config.json'
+            raise ValueError(f"it has capitals, which it would never use without {setting}")
     meta = dict(tokenizer="bert", vocab_size=len(bert), bos_id=bert.cls_token_id)
     meta |= dict(eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
     meta |= dict(lower_case=lower_case, vocab=words, join=" ")
@@ -341,10 +321,8 @@ def encoder(meta):
         return lambda text: bert(text, add_special_tokens=False)["input_ids"]
 
     def encode(text):
-        try:
+        with explain("not in the vocabulary", "use other words"):
             return [index[word] for word in (text.split() if meta["join"] else text)]
-        except KeyError as error:
-            raise SystemExit(f"{error} is not in the vocabulary; use other words") from None
 
     return encode
 
@@ -373,10 +351,6 @@ def decode(meta, ids):
 # Machinery: skip at first reading. Files, locks, flags.
 
 FILES = {"train.bin", "val.bin", "meta.json"}
-AGAIN = "run prepare_data.py --force to make it again"
-if not (sys.stdout and sys.stderr):  # closed, as by >&-
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def prepare(args):
@@ -386,10 +360,8 @@ def prepare(args):
     refuse_others(partial)  # what a killed run left is overwritten
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
-    try:
+    with explain(f"cannot lock {partial}", "if another process is writing there, wait for it"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"another process is writing {partial}: wait for it") from None
     try:
         meta = build(args, partial)
         for path in partial.iterdir():
@@ -430,16 +402,13 @@ def read_meta(folder):
     """Return data/NAME/meta.json as a dict; SystemExit if it is absent or damaged."""
     path = Path(folder) / "meta.json"
     needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
-    try:
+    name = path.parent.name
+    command = name if name in SOURCES else f"file --source ... --out {folder}"
+    advice = f"make it: python prepare_data.py {command} (--force, if there is a damaged one)"
+    with explain(f"no data set at {folder}: cannot read {path}", advice):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if missing := set(needed.split()) - set(meta):
             raise ValueError(f"it lacks {sorted(missing)}")
-    except (OSError, ValueError) as error:
-        name = Path(folder).name
-        command = name if name in SOURCES else f"file --source ... --out {folder}"
-        found = f"no data set at {folder}: cannot read {path}: {reason(error)}"
-        advice = f"make it: python prepare_data.py {command}"
-        raise SystemExit(f"{found}; {advice} (--force, if there is a damaged one)") from None
     return meta
 
 
@@ -450,7 +419,8 @@ def read_rows(folder, split, meta):
     found = path.stat().st_size if path.exists() else 0
     expected = 2 * shape[0] * shape[1]
     if found != expected:
-        raise SystemExit(f"{path} has {found:,} bytes, expected {expected:,}; {AGAIN}")
+        again = "run prepare_data.py --force to make it again"
+        raise SystemExit(f"{path} has {found:,} bytes, expected {expected:,}; {again}")
     if not found:  # made with --val-only
         return np.zeros(shape, np.uint16)
     return np.memmap(path, "<u2", "r", shape=shape)
@@ -469,21 +439,26 @@ def same_tokens(path, trained_meta, folder, meta, *more):
             raise SystemExit(f"{found}; give a checkpoint and --data of the same {key}")
 
 
-def say(text):
-    """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not be UTF-8
+@contextlib.contextmanager
+def explain(problem, advice):
+    """Turn an error in this block into SystemExit: what failed, why, what to do, in one line."""
     try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise SystemExit(f"cannot write to stdout: {error.strerror}") from None
+        yield
+    except Exception as error:  # the libraries that read text have no common class
+        raise SystemExit(f"{problem}: {reason(error)}; {advice}") from None
 
 
 def reason(error):
     """The first line of a library's error; the rest can run to a page."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def say(text):
+    """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive(text):
