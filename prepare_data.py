@@ -38,15 +38,13 @@ from pathlib import Path
 
 import numpy as np
 
-# The defaults of the flags that depend on what is prepared.
-FLAGS = "source tokenizer seq_len documents val_documents"
-Source = collections.namedtuple("Source", FLAGS, defaults=("document", 0))
-SOURCES = {
-    "grammar": Source([], "grammar", 10),
-    "owt": Source(["Skylion007/openwebtext"], "gpt2", 1024, "paragraph", val_documents=100_000),
-    "lm1b": Source(["dvruette/lm1b"], "bert", 128, "line"),
-    "text8": Source(["afmck/text8"], "char", 256),
-    "file": Source([], "gpt2", 128),
+SOURCES = {  # the defaults of the flags that depend on what is prepared
+    "grammar": dict(tokenizer="grammar", seq_len=10),
+    "owt": dict(source=["Skylion007/openwebtext"], tokenizer="gpt2", seq_len=1024)
+    | dict(documents="paragraph", val_documents=100_000),
+    "lm1b": dict(source=["dvruette/lm1b"], tokenizer="bert", seq_len=128, documents="line"),
+    "text8": dict(source=["afmck/text8"], tokenizer="char", seq_len=256),
+    "file": dict(tokenizer="gpt2", seq_len=128),
 }
 
 
@@ -103,7 +101,7 @@ def char_rows(args, splits):
         texts = [whole[:cut], whole[cut : len(whole) * 95 // 100]]
     vocab = sorted(set().union(*texts))
     table = np.zeros(0x110000, np.uint16)  # code point -> id
-    table[[ord(character) for character in vocab]] = np.arange(len(vocab))  # build checks the size
+    table[[ord(character) for character in vocab]] = range(len(vocab))
     codes = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
     tokenizer = dict(tokenizer="char", vocab_size=len(vocab), bos_id=None, eos_id=None, pad_id=None)
     tokenizer |= dict(vocab=vocab, join="")
@@ -123,29 +121,22 @@ def kind(path):
 
 def load_texts(args):
     """Return the texts of the source's splits, train and if any val, as iterators."""
-    paths = [Path(name) for name in args.source]
+    paths = []
+    for path in map(Path, args.source):
+        paths += [file for file in sorted(path.glob("*")) if kind(file) in KINDS] or [path]
     if len(paths) == 1 and kind(paths[0]) not in KINDS and not paths[0].exists():
         splits = hub_records(args)
-    else:  # one file is open at a time
-        files = (read_file(path, args.column, args.documents) for path in local_files(paths))
-        splits = [itertools.chain.from_iterable(files)]
+    else:
+        for path in paths:
+            if kind(path) not in KINDS or not path.is_file():
+                expected = f"expected files of {', '.join(KINDS)}, or folders of them"
+                raise SystemExit(f"--source {path} is no file of text; {expected}")
+        files = (read_file(path, args.column, args.documents) for path in paths)
+        splits = [itertools.chain.from_iterable(files)]  # one file is open at a time
     splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
     if args.val_documents and len(splits) == 1:
         return hold_out(splits[0], args.val_documents)
     return splits
-
-
-def local_files(paths):
-    """Replace folders by the files of text in them."""
-    files = []
-    for path in paths:
-        inside = [file for file in sorted(path.glob("*")) if kind(file) in KINDS]
-        files += inside or [path]
-    for path in files:
-        if kind(path) not in KINDS or not path.is_file():
-            expected = f"expected files of {', '.join(KINDS)}, or folders of them"
-            raise SystemExit(f"--source {path} is no file of text; {expected}")
-    return files
 
 
 def read_file(path, column, documents):
@@ -242,27 +233,26 @@ def build(args, folder):
     tokenizer, (train, *val) = source_rows(args)
     if args.val_only:
         train, val = [], [*val, train][:1]
-    train_rows, train_sha256 = write_rows(folder / "train.bin", train)
+    train_rows = write_rows(folder / "train.bin", train)
     if not val:  # hold out the last 5% of the rows, at least one
         rows = np.fromfile(folder / "train.bin", "<u2").reshape(-1, args.seq_len)
         held = max(1, len(rows) // 20)
-        train_rows, train_sha256 = write_rows(folder / "train.bin", [rows[:-held]])
+        train_rows = write_rows(folder / "train.bin", [rows[:-held]])
         val = [[rows[-held:]]]
-    val_rows, val_sha256 = write_rows(folder / "val.bin", val[0])
+    val_rows = write_rows(folder / "val.bin", val[0])
     if not (train_rows or args.val_only) or not val_rows:
         advice = "add text, or lower --seq-len or --val-documents"
         raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
-    framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
-    plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
-    settings = dict(vars(args))
-    for key in ("out", "force", "workers"):  # they change no row
-        del settings[key]
     meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows)
-    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256))
-    meta |= dict(packing=plain.get(args.tokenizer, framed), settings=settings)
-    text = json.dumps(meta, ensure_ascii=False) + "\n"
-    (folder / "meta.json").write_text(text, encoding="utf-8")
+    rows = {split: read_rows(folder, split, meta).ravel() for split in ("train", "val")}
+    meta["sha256"] = {split: hashlib.sha256(ids).hexdigest() for split, ids in rows.items()}
+    framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
+    plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
+    meta["packing"] = plain.get(args.tokenizer, framed)
+    unrelated = {"out", "force", "workers"}  # they change no row
+    meta["settings"] = {key: value for key, value in vars(args).items() if key not in unrelated}
+    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
     return meta
 
 
@@ -383,19 +373,16 @@ def refuse_others(folder):
 
 
 def write_rows(path, blocks):
-    """Write blocks of rows (n, L) to `path`; return the number of rows and the file's sha256."""
+    """Write blocks of rows (n, L) to `path`; return the number of rows."""
     from tqdm import tqdm
 
     count = 0
-    digest = hashlib.sha256()
     with open(path, "wb") as file, tqdm(unit="row", desc=path.name, disable=None) as bar:
         for block in blocks:
-            data = np.ascontiguousarray(block, "<u2").tobytes()
-            file.write(data)
-            digest.update(data)
+            file.write(block.astype("<u2").tobytes())
             count += len(block)
             bar.update(len(block))
-    return count, digest.hexdigest()
+    return count
 
 
 def read_meta(folder):
@@ -416,14 +403,11 @@ def read_rows(folder, split, meta):
     """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if it is not what meta says."""
     path = Path(folder) / f"{split}.bin"
     shape = (meta[f"{split}_rows"], meta["seq_len"])
-    found = path.stat().st_size if path.exists() else 0
-    expected = 2 * shape[0] * shape[1]
-    if found != expected:
-        again = "run prepare_data.py --force to make it again"
-        raise SystemExit(f"{path} has {found:,} bytes, expected {expected:,}; {again}")
-    if not found:  # made with --val-only
+    if not shape[0]:  # made with --val-only; an empty file cannot be mapped
         return np.zeros(shape, np.uint16)
-    return np.memmap(path, "<u2", "r", shape=shape)
+    advice = "run prepare_data.py --force to make it again"
+    with explain(f"{path} is not {shape[0]:,} rows of {shape[1]:,} tokens", advice):
+        return np.memmap(path, "<u2", "r").reshape(shape)
 
 
 def same_tokens(path, trained_meta, folder, meta, *more):
@@ -445,12 +429,8 @@ def explain(problem, advice):
     try:
         yield
     except Exception as error:  # the libraries that read text have no common class
-        raise SystemExit(f"{problem}: {reason(error)}; {advice}") from None
-
-
-def reason(error):
-    """The first line of a library's error; the rest can run to a page."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+        why = f"{type(error).__name__}: {str(error).strip()}"  # can run to a page
+        raise SystemExit(f"{problem}: {why.splitlines()[0][:200]}; {advice}") from None
 
 
 def say(text):
@@ -478,10 +458,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
-def new_parser(doc, **more):
+def new_parser(doc):
     """The parser of every program."""
-    more |= dict(formatter_class=Help, allow_abbrev=False)
-    return argparse.ArgumentParser(description=doc, **more)
+    return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
 
 
 def parse_args():
@@ -493,8 +472,7 @@ def parse_args():
     add("--force", action="store_true", help="replace a finished data set")
 
     add = parser.add_argument_group("what to read").add_argument
-    text = "a data set on the hub, or files and folders, joined in this order"
-    add("--source", nargs="+", help=text)
+    add("--source", nargs="+", help="a data set on the hub, or files and folders in this order")
     add("--config", metavar="NAME", help="the configuration of a data set on the hub")
     add("--column", default="text", metavar="NAME", help="the column or key that holds the text")
     units = ["line", "paragraph", "document"]
@@ -509,27 +487,24 @@ def parse_args():
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
     add("--bert", default="bert-base-uncased", help="hub name or folder of the bert tokenizer")
-    text = "tokens a row, BOS and EOS included (default: as listed above)"
-    add("--seq-len", type=positive, metavar="L", help=text)
+    add("--seq-len", type=positive, metavar="L", help="BOS and EOS included (default: as above)")
     text = "threads of the gpt2 tokenizer; bert takes every core, or RAYON_NUM_THREADS of them"
     add("--workers", type=positive, default=os.cpu_count() or 1, help=text)
     args = parser.parse_args()
 
-    defaults = SOURCES[args.name]._asdict()
-    given = {key for key in defaults if vars(args)[key] is not None}
-    if args.name == "grammar" and given:
-        parser.error(f"the grammar is generated: it has no {', '.join(sorted(given))}")
+    defaults = dict(source=[], documents="document", val_documents=0) | SOURCES[args.name]
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    if args.name == "grammar" and (useless := sorted(defaults.keys() & given)):
+        parser.error(f"the grammar is generated: it has no {', '.join(useless)}")
     if args.name == "file" and not args.source:
         parser.error("file needs --source: files, folders or the name of a data set on the hub")
-    for key in defaults.keys() - given:
-        setattr(args, key, defaults[key])
-    args.out = args.out or Path("data") / args.name
+    vars(args).update(defaults | given)
+    args.out = (args.out or Path("data") / args.name).resolve()
     return args
 
 
 def main():
     args = parse_args()
-    args.out = args.out.resolve()
     if (args.out / "meta.json").exists() and not args.force:
         meta = read_meta(args.out)
         for key in ("name", "source", "tokenizer", "seq_len"):
@@ -640,8 +615,7 @@ def grammar_rows(count, seed):
 
 
 def grammar_split(args):
-    """`text_rows` for the grammar: 50,000 and 5,000 sentences; sets args.seq_len."""
-    args.seq_len = LONGEST
+    """`text_rows` for the grammar: 50,000 and 5,000 sentences."""
     vocab = grammar_words()
     tokenizer = dict(tokenizer="grammar", vocab_size=len(vocab), bos_id=None, eos_id=1, pad_id=0)
     tokenizer |= dict(vocab=vocab, join=" ")

@@ -1174,7 +1174,7 @@ def test_a_source_with_brackets(tmp_path):
     meta = read_meta(tmp_path / "d")
     assert decode(meta, read_rows(tmp_path / "d", "train", meta)[0]) == "right "
     os.truncate(tmp_path / "d/train.bin", 99)
-    with pytest.raises(SystemExit, match="99 bytes"):
+    with pytest.raises(SystemExit, match="is not 95 rows"):
         read_rows(tmp_path / "d", "train", meta)
 
 
