@@ -34,7 +34,7 @@ from tqdm import tqdm
 import prepare_data
 import sample
 from model import Draw, atomic_write, commit, logit_chunks, resolve_machine
-from prepare_data import decode, encoder, positive, read_meta, read_rows, reason, same_tokens, say
+from prepare_data import decode, encoder, explain, positive, read_meta, read_rows, same_tokens, say
 from sample import check_output, choose, draw_samples, generate, in_batches, load_sampler
 
 # ------------------------------------------------------------------------------------------------
@@ -282,14 +282,12 @@ def control_rows(meta, train, val, count, seed):
 
 def load_judge(name, device):
     """(causal language model in float32, tokenizer) from a folder or the hub."""
-    try:
+    advice = "give a folder, or a hub name and a network; needs pip install -e '.[eval]'"
+    with explain(f"--judge {name}", advice):
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         judge = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # hub client, tokenizer and weights each raise their own kinds
-        advice = "give a folder, or a hub name and a network; needs pip install -e '.[eval]'"
-        raise SystemExit(f"--judge {name}: {reason(error)}; {advice}") from None
     return judge.to(device).eval(), tokenizer
 
 

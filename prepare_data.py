@@ -23,6 +23,7 @@ a data set is complete or absent.
 import argparse
 import bisect
 import collections
+import contextlib
 import fcntl
 import functools
 import gzip
@@ -30,32 +31,32 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import re
 import shutil
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 
-# The defaults of the flags that depend on what is prepared.
-FLAGS = "source tokenizer seq_len documents val_documents"
-Source = collections.namedtuple("Source", FLAGS, defaults=("document", 0))
-SOURCES = {
-    "grammar": Source([], "grammar", 10),
-    "owt": Source(["Skylion007/openwebtext"], "gpt2", 1024, "paragraph", val_documents=100_000),
-    "lm1b": Source(["dvruette/lm1b"], "bert", 128, "line"),
-    "text8": Source(["afmck/text8"], "char", 256),
-    "file": Source([], "gpt2", 128),
+SOURCES = {  # the defaults of the flags that depend on what is prepared
+    "grammar": dict(tokenizer="grammar", seq_len=10),
+    "owt": dict(source=["Skylion007/openwebtext"], tokenizer="gpt2", seq_len=1024)
+    | dict(documents="paragraph", val_documents=100_000),
+    "lm1b": dict(source=["dvruette/lm1b"], tokenizer="bert", seq_len=128, documents="line"),
+    "text8": dict(source=["afmck/text8"], tokenizer="char", seq_len=256),
+    "file": dict(tokenizer="gpt2", seq_len=128),
 }
 
 
 # ------------------------------------------------------------------------------------------------
 # From documents to rows.
+
+
+def batches(items):
+    """Lists of up to 1,000 items: enough to share between threads, small enough for the memory."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, 1000)):
+        yield batch
 
 
 def pack(documents, seq_len, bos, eos):
@@ -66,8 +67,7 @@ def pack(documents, seq_len, bos, eos):
     body = seq_len if bos is None else seq_len - 2
     end = [] if eos is None else [eos]
     stream = np.zeros(0, np.uint16)  # what is not yet in a row
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, 1000)):  # concatenating one by one is slow
+    for batch in batches(documents):  # concatenating one by one is slow
         pieces = [piece for ids in batch for piece in (ids, end)]
         # numpy takes an empty list for floats.
         stream = np.concatenate([stream, *pieces], dtype=np.uint16, casting="unsafe")
@@ -83,29 +83,13 @@ def text_rows(args):
     splits = load_texts(args)
     if args.tokenizer == "char":
         return char_rows(args, splits)
-    tokenizer = describe_tokenizer(args.tokenizer, args.bert)
-    ends = tokenizer["bos_id"], tokenizer["eos_id"]
-    return tokenizer, [pack(encoded(split, args), args.seq_len, *ends) for split in splits]
-
-
-def encoded(texts, args):
-    """The token ids of each text in order, uint16 arrays, encoded by args.workers processes."""
-    encode = functools.partial(encode_batch, args.tokenizer, args.bert)
-    waiting = collections.deque()
-    with ProcessPoolExecutor(args.workers, initializer=follow_parent) as pool:
-        while batch := list(itertools.islice(texts, 1000)):
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 2 * args.workers:  # bounds the memory
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-
-def follow_parent():
-    """In a new process: leave Ctrl-C to the parent, and end when it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    tokenizer, encode = load_tokenizer(args)
+    blocks = []
+    for split in splits:
+        documents = itertools.chain.from_iterable(map(encode, batches(split)))
+        documents = filter(None, documents)  # an empty one adds no EOS
+        blocks.append(pack(documents, args.seq_len, tokenizer["bos_id"], tokenizer["eos_id"]))
+    return tokenizer, blocks
 
 
 def char_rows(args, splits):
@@ -117,7 +101,7 @@ def char_rows(args, splits):
         texts = [whole[:cut], whole[cut : len(whole) * 95 // 100]]
     vocab = sorted(set().union(*texts))
     table = np.zeros(0x110000, np.uint16)  # code point -> id
-    table[[ord(character) for character in vocab]] = np.arange(len(vocab))  # build checks the size
+    table[[ord(character) for character in vocab]] = range(len(vocab))
     codes = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
     tokenizer = dict(tokenizer="char", vocab_size=len(vocab), bos_id=None, eos_id=None, pad_id=None)
     tokenizer |= dict(vocab=vocab, join="")
@@ -137,35 +121,28 @@ def kind(path):
 
 def load_texts(args):
     """Return the texts of the source's splits, train and if any val, as iterators."""
-    paths = [Path(name) for name in args.source]
-    if len(paths) == 1 and kind(paths[0]) not in KINDS and not os.path.exists(paths[0]):
+    paths = []
+    for path in map(Path, args.source):
+        paths += [file for file in sorted(path.glob("*")) if kind(file) in KINDS] or [path]
+    if len(paths) == 1 and kind(paths[0]) not in KINDS and not paths[0].exists():
         splits = hub_records(args)
-    else:  # one file is open at a time
-        files = (read_file(path, args.column, args.documents) for path in local_files(paths))
-        splits = [itertools.chain.from_iterable(files)]
+    else:
+        for path in paths:
+            if kind(path) not in KINDS or not path.is_file():
+                expected = f"expected files of {', '.join(KINDS)}, or folders of them"
+                raise SystemExit(f"--source {path} is no file of text; {expected}")
+        files = (read_file(path, args.column, args.documents) for path in paths)
+        splits = [itertools.chain.from_iterable(files)]  # one file is open at a time
     splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
     if args.val_documents and len(splits) == 1:
         return hold_out(splits[0], args.val_documents)
     return splits
 
 
-def local_files(paths):
-    """Replace folders by the files of text in them."""
-    files = []
-    for path in paths:
-        inside = sorted(path.iterdir()) if os.path.isdir(path) else []
-        files += [file for file in inside if kind(file) in KINDS] or [path]
-    for path in files:
-        if kind(path) not in KINDS or not os.path.isfile(path):
-            expected = f"expected files of {', '.join(KINDS)}, or folders of them"
-            raise SystemExit(f"--source {path} is no file of text; {expected}")
-    return files
-
-
 def read_file(path, column, documents):
     """The records of one file. In JSON a field may change its type from line to line."""
-    number = 0
-    try:
+    expected = f"expected a whole {kind(path)} file, its text in UTF-8"
+    with explain(f"cannot read {path}", expected):
         if kind(path) == ".parquet":
             import pyarrow.parquet  # comes with datasets
 
@@ -179,13 +156,11 @@ def read_file(path, column, documents):
             if kind(path) == ".txt":
                 yield from ({column: text} for text in cut_text(file, documents))
                 return
-            for number, line in enumerate(file, 1):  # noqa: B007
+            for number, line in enumerate(file, 1):
                 if not line.isspace():
-                    yield dict(**json.loads(line))
-    except (OSError, EOFError, TypeError, ValueError) as error:
-        place = f"line {number} of {path}" if number else path
-        expected = f"it should be a whole {kind(path)} file, its text in UTF-8"
-        raise SystemExit(f"cannot read {place}: {reason(error)}; {expected}") from None
+                    with explain(f"cannot read line {number} of {path}", "expected a JSON object"):
+                        record = dict(**json.loads(line))
+                    yield record
 
 
 def cut_text(file, documents):
@@ -193,57 +168,46 @@ def cut_text(file, documents):
     if documents == "document":
         yield file.read()
         return
-    paragraph = []
+    end = "\n" if documents == "line" else "\n\n"
+    text = ""
     for line in file:
-        if documents == "line":
-            yield line.removesuffix("\n")
-        elif line == "\n" and paragraph:
-            if text := "".join(paragraph)[:-1]:
-                yield text
-            paragraph = []
-        else:  # a second blank line opens the next paragraph
-            paragraph.append(line)
-    if paragraph:
-        yield "".join(paragraph)
+        text += line
+        if text.endswith(end):
+            if text != "\n\n":  # a second blank line opens the next paragraph
+                yield text.removesuffix(end)
+            text = ""
+    if text:
+        yield text
 
 
 def hub_records(args):
     """The records of the train split on the hub and, if any, those of validation or test."""
-    import datasets
+    advice = "check the network, --config and --column, or give files with --source"
+    with explain(f"cannot load {args.source[0]!r}", advice):
+        import datasets
 
-    try:
         found = datasets.load_dataset(path=args.source[0], name=args.config)
         names = [name for name in ("train", "validation", "test") if name in found][:2]
         if not names:
             raise ValueError(f"it has {[*found]}, expected train, validation or test")
         return [found[name].select_columns([args.column]) for name in names]
-    except Exception as error:  # datasets, huggingface_hub and httpx have no common class
-        advice = "check the network, --config and --column, or give files with --source"
-        raise SystemExit(f"cannot load {args.source[0]!r}: {reason(error)}; {advice}") from None
 
 
 def texts(records, column):
     """The text of each record: "" where there is none, which is counted and reported."""
-    record = {}
-    counts = collections.Counter()
-    for record in records:
+    count = 0
+    without = 0
+    for count, record in enumerate(records, 1):  # noqa: B007
         text = record.get(column)
         if not isinstance(text, str):
             text = ""
-            counts["without"] += 1
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can escape it
-            text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-            counts["halves"] += 1
-        counts["all"] += 1
-        yield text
-    if 0 < counts["all"] == counts["without"]:
+            without += 1
+        # JSON can hold half of a surrogate pair: it becomes U+FFFD.
+        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if 0 < count == without:
         raise SystemExit(f"no document has text in --column {column}, found {[*record]}")
-    if counts["without"]:
-        say(f"{counts['without']:,} documents have no {column!r}: they count as empty")
-    if counts["halves"]:
-        say(f"{counts['halves']:,} documents hold half a surrogate pair: it becomes U+FFFD")
+    if without:
+        say(f"{without:,} documents have no {column!r}: they count as empty")
 
 
 def hold_out(texts, count):
@@ -269,29 +233,26 @@ def build(args, folder):
     tokenizer, (train, *val) = source_rows(args)
     if args.val_only:
         train, val = [], [*val, train][:1]
-    if (size := tokenizer["vocab_size"]) > 65536:
-        raise SystemExit(f"a vocabulary of {size} does not fit in uint16; use another tokenizer")
-    train_rows, train_sha256 = write_rows(folder / "train.bin", train)
+    train_rows = write_rows(folder / "train.bin", train)
     if not val:  # hold out the last 5% of the rows, at least one
         rows = np.fromfile(folder / "train.bin", "<u2").reshape(-1, args.seq_len)
         held = max(1, len(rows) // 20)
-        train_rows, train_sha256 = write_rows(folder / "train.bin", [rows[:-held]])
+        train_rows = write_rows(folder / "train.bin", [rows[:-held]])
         val = [[rows[-held:]]]
-    val_rows, val_sha256 = write_rows(folder / "val.bin", val[0])
+    val_rows = write_rows(folder / "val.bin", val[0])
     if not (train_rows or args.val_only) or not val_rows:
         advice = "add text, or lower --seq-len or --val-documents"
         raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
-    framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
-    plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
-    settings = dict(vars(args))
-    for key in ("out", "force", "workers"):  # they change no row
-        del settings[key]
     meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows)
-    meta |= dict(sha256=dict(train=train_sha256, val=val_sha256))
-    meta |= dict(packing=plain.get(args.tokenizer, framed), settings=settings)
-    text = json.dumps(meta, ensure_ascii=False) + "\n"
-    (folder / "meta.json").write_text(text, encoding="utf-8")
+    rows = {split: read_rows(folder, split, meta).ravel() for split in ("train", "val")}
+    meta["sha256"] = {split: hashlib.sha256(ids).hexdigest() for split, ids in rows.items()}
+    framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
+    plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
+    meta["packing"] = plain.get(args.tokenizer, framed)
+    unrelated = {"out", "force", "workers"}  # they change no row
+    meta["settings"] = {key: value for key, value in vars(args).items() if key not in unrelated}
+    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
     return meta
 
 
@@ -301,51 +262,38 @@ def build(args, folder):
 
 
 @functools.cache
-def pretrained(name, where=None):
-    """The gpt2 or bert tokenizer; `where`, for bert alone, is a name on the hub or a folder."""
-    try:
-        if name == "gpt2":
-            import tiktoken
+def gpt2():
+    """GPT-2's tokenizer."""
+    with explain("cannot load the gpt2 tokenizer", "check the network, or set TIKTOKEN_CACHE_DIR"):
+        import tiktoken
 
-            return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding("gpt2")
+
+
+def load_tokenizer(args):
+    """Return the tokenizer's part of meta.json, and a function texts -> the token ids of each."""
+    if args.tokenizer == "gpt2":
+        eot = gpt2().eot_token
+        meta = dict(tokenizer="gpt2", vocab_size=gpt2().n_vocab)
+        meta |= dict(bos_id=eot, eos_id=eot, pad_id=None)
+        return meta, functools.partial(gpt2().encode_ordinary_batch, num_threads=args.workers)
+    advice = "check the network, or give a folder with --bert"
+    with explain(f"cannot load the bert tokenizer {args.bert!r}", advice):
         from transformers import BertTokenizerFast
 
-        tokenizer = BertTokenizerFast.from_pretrained(where)
-        if len(tokenizer) < 1000:  # transformers 5 returns an empty one if it finds no files
-            raise ValueError(f"no vocabulary at {where!r}")
-        cased = any(word[:1] != "[" and word != word.lower() for word in tokenizer.get_vocab())
-        if cased and tokenizer.init_kwargs.get("do_lower_case", True):
-            advice = 'put {"do_lower_case": false} into its tokenizer_config.json'
-            raise ValueError(f"the vocabulary has capitals, which it would never use: {advice}")
-    except Exception as error:  # ImportError, OSError, or one of requests, huggingface_hub, httpx
-        advice = "set TIKTOKEN_CACHE_DIR" if name == "gpt2" else "give a folder with --bert"
-        found = f"cannot load the {name} tokenizer ({reason(error)})"
-        raise SystemExit(f"{found}; check the network, or {advice}") from None
-    return tokenizer
-
-
-def describe_tokenizer(name, where):
-    """The part of meta.json about the word-piece tokenizer `name`; `where` is for bert alone."""
-    if name == "gpt2":
-        gpt2 = pretrained("gpt2")
-        ids = dict(bos_id=gpt2.eot_token, eos_id=gpt2.eot_token, pad_id=None)
-        return dict(tokenizer="gpt2", vocab_size=gpt2.n_vocab, **ids)
-    bert = pretrained("bert", where)
-    ids = dict(bos_id=bert.cls_token_id, eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
-    ids["lower_case"] = bert.init_kwargs.get("do_lower_case", True)
-    vocab = bert.convert_ids_to_tokens(list(range(len(bert))))
-    return dict(tokenizer="bert", vocab_size=len(bert), **ids, vocab=vocab, join=" ")
-
-
-def encode_batch(tokenizer, where, texts):
-    """Encode documents, strings or None, without BOS or EOS: a list of uint16 arrays."""
-    texts = [text or "" for text in texts]
-    if tokenizer == "gpt2":
-        ids = pretrained("gpt2").encode_ordinary_batch(texts, num_threads=1)
-    else:
-        options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids = pretrained("bert", where)(texts, **options)["input_ids"]
-    return [np.array(row, np.uint16) for row in ids if row]  # build has checked that they fit
+        bert = BertTokenizerFast.from_pretrained(args.bert)
+        if not 1000 <= len(bert) <= 65536:  # transformers 5 loads absent files as empty
+            raise ValueError(f"{len(bert):,} words, expected 1,000 to 65,536, which fit in uint16")
+        words = bert.convert_ids_to_tokens(list(range(len(bert))))
+        lower_case = bert.init_kwargs.get("do_lower_case", True)
+        if lower_case and any(word[:1] != "[" and word != word.lower() for word in words):
+            setting = '{"do_lower_case": false} in its tokenizer_config.json'
+            raise ValueError(f"it has capitals, which it would never use without {setting}")
+    meta = dict(tokenizer="bert", vocab_size=len(bert), bos_id=bert.cls_token_id)
+    meta |= dict(eos_id=bert.sep_token_id, pad_id=bert.pad_token_id)
+    meta |= dict(lower_case=lower_case, vocab=words, join=" ")
+    options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return meta, lambda texts: bert(texts, **options)["input_ids"]
 
 
 def encoder(meta):
@@ -354,7 +302,7 @@ def encoder(meta):
     Special tokens in the text, like <|endoftext|>, become their ids; SystemExit at an unknown word.
     """
     if meta["tokenizer"] == "gpt2":
-        return lambda text: pretrained("gpt2").encode(text, allowed_special="all")
+        return lambda text: gpt2().encode(text, allowed_special="all")
     index = {word: i for i, word in enumerate(meta["vocab"])}
     if meta["tokenizer"] == "bert":
         from transformers import BertTokenizerFast
@@ -363,10 +311,8 @@ def encoder(meta):
         return lambda text: bert(text, add_special_tokens=False)["input_ids"]
 
     def encode(text):
-        try:
+        with explain("not in the vocabulary", "use other words"):
             return [index[word] for word in (text.split() if meta["join"] else text)]
-        except KeyError as error:
-            raise SystemExit(f"{error} is not in the vocabulary; use other words") from None
 
     return encode
 
@@ -382,7 +328,7 @@ def decode(meta, ids):
     while ids and ids[-1] == meta["pad_id"]:
         ids.pop()
     if meta["tokenizer"] == "gpt2":
-        return pretrained("gpt2").decode(ids)
+        return gpt2().decode(ids)
     text = meta["join"].join(meta["vocab"][i] for i in ids)
     if meta["tokenizer"] == "bert":
         text = text.replace(" ##", "")  # "##" marks a piece that continues a word
@@ -395,10 +341,6 @@ def decode(meta, ids):
 # Machinery: skip at first reading. Files, locks, flags.
 
 FILES = {"train.bin", "val.bin", "meta.json"}
-AGAIN = "run prepare_data.py --force to make it again"
-if not (sys.stdout and sys.stderr):  # closed, as by >&-
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def prepare(args):
@@ -408,10 +350,8 @@ def prepare(args):
     refuse_others(partial)  # what a killed run left is overwritten
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
-    try:
+    with explain(f"cannot lock {partial}", "if another process is writing there, wait for it"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"another process is writing {partial}: wait for it") from None
     try:
         meta = build(args, partial)
         for path in partial.iterdir():
@@ -433,35 +373,29 @@ def refuse_others(folder):
 
 
 def write_rows(path, blocks):
-    """Write blocks of rows (n, L) to `path`; return the number of rows and the file's sha256."""
+    """Write blocks of rows (n, L) to `path`; return the number of rows."""
     from tqdm import tqdm
 
     count = 0
-    digest = hashlib.sha256()
     with open(path, "wb") as file, tqdm(unit="row", desc=path.name, disable=None) as bar:
         for block in blocks:
-            data = np.ascontiguousarray(block, "<u2").tobytes()
-            file.write(data)
-            digest.update(data)
+            file.write(block.astype("<u2").tobytes())
             count += len(block)
             bar.update(len(block))
-    return count, digest.hexdigest()
+    return count
 
 
 def read_meta(folder):
     """Return data/NAME/meta.json as a dict; SystemExit if it is absent or damaged."""
     path = Path(folder) / "meta.json"
     needed = "tokenizer vocab_size bos_id eos_id pad_id seq_len train_rows val_rows sha256"
-    try:
+    name = path.parent.name
+    command = name if name in SOURCES else f"file --source ... --out {folder}"
+    advice = f"make it: python prepare_data.py {command} (--force, if there is a damaged one)"
+    with explain(f"no data set at {folder}: cannot read {path}", advice):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if missing := set(needed.split()) - set(meta):
             raise ValueError(f"it lacks {sorted(missing)}")
-    except (OSError, ValueError) as error:
-        name = Path(folder).name
-        command = name if name in SOURCES else f"file --source ... --out {folder}"
-        found = f"no data set at {folder}: cannot read {path}: {reason(error)}"
-        advice = f"make it: python prepare_data.py {command}"
-        raise SystemExit(f"{found}; {advice} (--force, if there is a damaged one)") from None
     return meta
 
 
@@ -469,13 +403,11 @@ def read_rows(folder, split, meta):
     """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if it is not what meta says."""
     path = Path(folder) / f"{split}.bin"
     shape = (meta[f"{split}_rows"], meta["seq_len"])
-    found = path.stat().st_size if path.exists() else 0
-    expected = 2 * shape[0] * shape[1]
-    if found != expected:
-        raise SystemExit(f"{path} has {found:,} bytes, expected {expected:,}; {AGAIN}")
-    if not found:  # made with --val-only
+    if not shape[0]:  # made with --val-only; an empty file cannot be mapped
         return np.zeros(shape, np.uint16)
-    return np.memmap(path, "<u2", "r", shape=shape)
+    advice = "run prepare_data.py --force to make it again"
+    with explain(f"{path} is not {shape[0]:,} rows of {shape[1]:,} tokens", advice):
+        return np.memmap(path, "<u2", "r").reshape(shape)
 
 
 def same_tokens(path, trained_meta, folder, meta, *more):
@@ -491,21 +423,22 @@ def same_tokens(path, trained_meta, folder, meta, *more):
             raise SystemExit(f"{found}; give a checkpoint and --data of the same {key}")
 
 
+@contextlib.contextmanager
+def explain(problem, advice):
+    """Turn an error in this block into SystemExit: what failed, why, what to do, in one line."""
+    try:
+        yield
+    except Exception as error:  # the libraries that read text have no common class
+        why = f"{type(error).__name__}: {str(error).strip()}"  # can run to a page
+        raise SystemExit(f"{problem}: {why.splitlines()[0][:200]}; {advice}") from None
+
+
 def say(text):
     """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not be UTF-8
     try:
         print(text, flush=True)
-    except OSError as error:
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise SystemExit(f"cannot write to stdout: {error.strerror}") from None
-
-
-def reason(error):
-    """The first line of a library's error; the rest can run to a page."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 def positive(text):
@@ -525,10 +458,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
-def new_parser(doc, **more):
+def new_parser(doc):
     """The parser of every program."""
-    more |= dict(formatter_class=Help, allow_abbrev=False)
-    return argparse.ArgumentParser(description=doc, **more)
+    return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
 
 
 def parse_args():
@@ -540,8 +472,7 @@ def parse_args():
     add("--force", action="store_true", help="replace a finished data set")
 
     add = parser.add_argument_group("what to read").add_argument
-    text = "a data set on the hub, or files and folders, joined in this order"
-    add("--source", nargs="+", help=text)
+    add("--source", nargs="+", help="a data set on the hub, or files and folders in this order")
     add("--config", metavar="NAME", help="the configuration of a data set on the hub")
     add("--column", default="text", metavar="NAME", help="the column or key that holds the text")
     units = ["line", "paragraph", "document"]
@@ -556,26 +487,24 @@ def parse_args():
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
     add("--bert", default="bert-base-uncased", help="hub name or folder of the bert tokenizer")
-    text = "tokens a row, BOS and EOS included (default: as listed above)"
-    add("--seq-len", type=positive, metavar="L", help=text)
-    add("--workers", type=positive, default=os.cpu_count() or 1, help="processes that tokenise")
+    add("--seq-len", type=positive, metavar="L", help="BOS and EOS included (default: as above)")
+    text = "threads of the gpt2 tokenizer; bert takes every core, or RAYON_NUM_THREADS of them"
+    add("--workers", type=positive, default=os.cpu_count() or 1, help=text)
     args = parser.parse_args()
 
-    defaults = SOURCES[args.name]._asdict()
-    given = {key for key in defaults if vars(args)[key] is not None}
-    if args.name == "grammar" and given:
-        parser.error(f"the grammar is generated: it has no {', '.join(sorted(given))}")
+    defaults = dict(source=[], documents="document", val_documents=0) | SOURCES[args.name]
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    if args.name == "grammar" and (useless := sorted(defaults.keys() & given)):
+        parser.error(f"the grammar is generated: it has no {', '.join(useless)}")
     if args.name == "file" and not args.source:
         parser.error("file needs --source: files, folders or the name of a data set on the hub")
-    for key in defaults.keys() - given:
-        setattr(args, key, defaults[key])
-    args.out = args.out or Path("data") / args.name
+    vars(args).update(defaults | given)
+    args.out = (args.out or Path("data") / args.name).resolve()
     return args
 
 
 def main():
     args = parse_args()
-    args.out = args.out.resolve()
     if (args.out / "meta.json").exists() and not args.force:
         meta = read_meta(args.out)
         for key in ("name", "source", "tokenizer", "seq_len"):
@@ -686,8 +615,7 @@ def grammar_rows(count, seed):
 
 
 def grammar_split(args):
-    """`text_rows` for the grammar: 50,000 and 5,000 sentences; sets args.seq_len."""
-    args.seq_len = LONGEST
+    """`text_rows` for the grammar: 50,000 and 5,000 sentences."""
     vocab = grammar_words()
     tokenizer = dict(tokenizer="grammar", vocab_size=len(vocab), bos_id=None, eos_id=1, pad_id=0)
     tokenizer |= dict(vocab=vocab, join=" ")
