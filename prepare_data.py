@@ -195,19 +195,21 @@ def hub_records(args):
 
 def texts(records, column):
     """The text of each record: "" where there is none, which is counted and reported."""
-    count = 0
-    without = 0
+    count = without = halves = 0
     for count, record in enumerate(records, 1):  # noqa: B007
         text = record.get(column)
         if not isinstance(text, str):
             text = ""
             without += 1
-        # JSON can hold half of a surrogate pair: it becomes U+FFFD.
-        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        halves += whole != text
+        yield whole
     if 0 < count == without:
         raise SystemExit(f"no document has text in --column {column}, found {[*record]}")
     if without:
         say(f"{without:,} documents have no {column!r}: they count as empty")
+    if halves:
+        say(f"{halves:,} documents hold half a surrogate pair: it becomes U+FFFD")
 
 
 def hold_out(texts, count):

@@ -1095,6 +1095,7 @@ def test_json_lines_as_people_have_them(tmp_path):
     out, text = prepared(tmp_path, "a.jsonl")
     assert text == "ab\ncd\n\n\N{GRINNING FACE} e\ufffd\n"
     assert "2 documents have no 'text'" in out
+    assert "1 documents hold half a surrogate pair" in out
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "[1]"]))
     assert "line 7 of a.jsonl" in prepared(tmp_path, "a.jsonl", ok=False)
 
