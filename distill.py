@@ -43,17 +43,7 @@ import numpy as np
 import torch
 
 import train_diagonal
-from model import (
-    RowLoss,
-    at_least_float32,
-    entropy,
-    head_loss,
-    in_autocast_dtype,
-    load_model,
-    logit_chunks,
-    resolve_machine,
-    softmax,
-)
+from model import RowLoss, entropy, head_loss, in_autocast_dtype, load_model, logit_chunks, softmax
 from prepare_data import new_parser, read_meta, same_tokens
 from train_diagonal import by_context, diagonal_loss
 
@@ -169,10 +159,10 @@ def identity_target(model, teacher, h_teacher, dh, a, b, args):
 
 def derivatives(z, h_teacher, dh, teacher_head, head):
     """The teacher's logits, psi_st and delta, (n, V) each."""
-    dz = at_least_float32(dh @ head.T)
+    dz = (dh @ head.T).to(z.dtype)
     psi_st = softmax(z)
     delta = dz.sub_((psi_st * dz).sum(-1, keepdim=True))
-    return at_least_float32(h_teacher @ teacher_head.T), psi_st, delta
+    return (h_teacher @ teacher_head.T).to(z.dtype), psi_st, delta
 
 
 CLAMP = 1e-5  # floor of the logarithm's argument, relative to a + |b|
@@ -519,8 +509,7 @@ def main():
     distillation_flags(parser)
     text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
     train_diagonal.training_flags(parser, None, text)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = train_diagonal.parse(parser)
     set_defaults(args)
     meta = read_meta(args.data)
     ranks = train_diagonal.start_ranks(args)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import prepare_data
 import sample
-from model import Draw, atomic_write, commit, logit_chunks, resolve_machine
+from model import Draw, atomic_write, commit, logit_chunks, parse
 from prepare_data import decode, encoder, explain, positive, read_meta, read_rows, same_tokens, say
 from sample import check_output, choose, draw_samples, generate, in_batches, load_sampler
 
@@ -476,8 +476,7 @@ def parse_args():
     add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
     sample.sampling_flags(parser, count=1024, several=True)
     parser.set_defaults(nfe=None)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = parse(parser)
     if not args.checkpoint and not args.samples:
         args.checkpoint = [Path("runs/owt-esd")]
     if args.nfe is None:

@@ -729,17 +729,15 @@ def commit():
     return ""
 
 
-def machine_flags(parser):
-    """Add --device and --dtype, which every program with a network has."""
+def parse(parser):
+    """Add the flags --device and --dtype, parse, and fill in both; SystemExit if it is absent."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=["cuda", "cpu", "mps"], help="default: cuda if available, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
-
-
-def resolve_machine(args):
-    """Fill in the defaults of `machine_flags`; SystemExit if the device is absent."""
+    args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; training sets its own handler
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.get_device_module(args.device).is_available():
         raise SystemExit(f"--device {args.device}: not available here; try --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    return args

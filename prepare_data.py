@@ -6,7 +6,7 @@
     python prepare_data.py text8                    # 27 characters, L = 256
     python prepare_data.py file --source my.txt     # your own text: GPT-2 BPE, L = 128
     python prepare_data.py file --source Salesforce/wikitext --config wikitext-103-raw-v1 \\
-        --val-only --seq-len 1024 --out data/wikitext    # to bound its likelihood
+        --seq-len 1024 --out data/wikitext              # any data set on the hub
 
 Reads a data set from the hub or local files: .txt, .jsonl (or .json: one JSON object a line), both
 also as .gz, and .parquet. A folder stands for the files in it, in order of their names. Writes
@@ -48,8 +48,7 @@ SOURCES = {  # the defaults of the flags that depend on what is prepared
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# From documents to rows.
+# ---- From documents to rows. -------------------------------------------------------------------
 
 
 def batches(items):
@@ -108,8 +107,7 @@ def char_rows(args, splits):
     return tokenizer, [pack([table[code]], args.seq_len, None, None) for code in codes]
 
 
-# ------------------------------------------------------------------------------------------------
-# From sources to texts. A record is a document as a dict: {column: text}.
+# ---- From sources to texts. A record is a document as a dict: {column: text}. ------------------
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -221,20 +219,13 @@ def hold_out(texts, count):
             held.append(text)
             yield held.popleft()
 
-    def last():
-        collections.deque(train, maxlen=0)  # --val-only has not read it
-        yield from held
-
-    train = others()
-    return [train, last()]
+    return [others(), held]
 
 
 def build(args, folder):
     """Write train.bin, val.bin and meta.json into `folder`; return the last as a dict."""
     source_rows = grammar_split if args.name == "grammar" else text_rows
     tokenizer, (train, *val) = source_rows(args)
-    if args.val_only:
-        train, val = [], [*val, train][:1]
     train_rows = write_rows(folder / "train.bin", train)
     if not val:  # hold out the last 5% of the rows, at least one
         rows = np.fromfile(folder / "train.bin", "<u2").reshape(-1, args.seq_len)
@@ -242,7 +233,7 @@ def build(args, folder):
         train_rows = write_rows(folder / "train.bin", [rows[:-held]])
         val = [[rows[-held:]]]
     val_rows = write_rows(folder / "val.bin", val[0])
-    if not (train_rows or args.val_only) or not val_rows:
+    if not train_rows or not val_rows:
         advice = "add text, or lower --seq-len or --val-documents"
         raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
     meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
@@ -258,8 +249,8 @@ def build(args, folder):
     return meta
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokenizers. meta.json holds {tokenizer, vocab_size, bos_id, eos_id, pad_id} and, except for GPT-2,
+# ---- Tokenizers. -------------------------------------------------------------------------------
+# meta.json holds {tokenizer, vocab_size, bos_id, eos_id, pad_id} and, except for GPT-2,
 # {vocab, join}: the strings by token id, and the string that joins them.
 
 
@@ -339,8 +330,7 @@ def decode(meta, ids):
     return text
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading. Files, locks, flags.
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
 
 FILES = {"train.bin", "val.bin", "meta.json"}
 
@@ -405,8 +395,6 @@ def read_rows(folder, split, meta):
     """Map {train,val}.bin into memory: uint16 (N, L); SystemExit if it is not what meta says."""
     path = Path(folder) / f"{split}.bin"
     shape = (meta[f"{split}_rows"], meta["seq_len"])
-    if not shape[0]:  # made with --val-only; an empty file cannot be mapped
-        return np.zeros(shape, np.uint16)
     advice = "run prepare_data.py --force to make it again"
     with explain(f"{path} is not {shape[0]:,} rows of {shape[1]:,} tokens", advice):
         return np.memmap(path, "<u2", "r").reshape(shape)
@@ -481,8 +469,6 @@ def parse_args():
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
     text = "hold out the last N if the hub gives no split (default: owt 100000, else 0: 5%% of it)"
     add("--val-documents", type=int, metavar="N", help=text)
-    text = "no training rows: all of the validation split or, if there is one split, of that"
-    add("--val-only", action="store_true", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")
 
@@ -522,8 +508,7 @@ def main():
         say(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
 
 
-# ------------------------------------------------------------------------------------------------
-# The embedded source: a small probabilistic grammar, as a deterministic weighted automaton.
+# ---- The embedded source: a small probabilistic grammar, as a deterministic automaton. ---------
 #
 #     some farmers near the river read a famous poem .
 #
@@ -543,9 +528,8 @@ LONGEST = 10  # words of the longest sentence, full stop included
 PAD = "<pad>"
 
 
-@functools.cache
-def grammar():
-    """The automaton {state: {word: (probability, next state)}}: "start" ... None, then padding."""
+def automaton():
+    """The grammar, {state: {word: (probability, next state)}}: "start" ... None, then padding."""
     states = {}
 
     def add(state, words, probability, successor):
@@ -571,11 +555,9 @@ def grammar():
     return states
 
 
-@functools.cache
-def grammar_words():
-    """The vocabulary by token id: the padding, the full stop, then the words in order of use."""
-    words = (word for arcs in grammar().values() for word in arcs)
-    return list(dict.fromkeys([PAD, ".", *words]))
+GRAMMAR = automaton()
+# By token id: the padding, the full stop, then the words in order of use.
+GRAMMAR_WORDS = list(dict.fromkeys([PAD, ".", *itertools.chain(*GRAMMAR.values())]))
 
 
 @functools.cache
@@ -583,7 +565,7 @@ def grammar_entropy(state="start"):
     """The exact entropy of the source in nats per sentence: H(state) = sum p (H(next) - log p)."""
     if state is None:
         return 0.0
-    return sum(p * (grammar_entropy(after) - math.log(p)) for p, after in grammar()[state].values())
+    return sum(p * (grammar_entropy(after) - math.log(p)) for p, after in GRAMMAR[state].values())
 
 
 def grammar_log_prob(row):
@@ -591,10 +573,10 @@ def grammar_log_prob(row):
     state = "start"
     total = 0.0
     for token in row:
-        word = grammar_words()[token]
-        if word not in grammar()[state]:
+        word = GRAMMAR_WORDS[token]
+        if word not in GRAMMAR[state]:
             return -math.inf
-        probability, state = grammar()[state][word]
+        probability, state = GRAMMAR[state][word]
         total += math.log(probability)
     return total if state is None else -math.inf
 
@@ -602,25 +584,25 @@ def grammar_log_prob(row):
 def grammar_rows(count, seed):
     """Draw `count` padded sentences: uint16 (count, L)."""
     rng = np.random.default_rng(seed)
-    index = {word: i for i, word in enumerate(grammar_words())}
+    index = {word: i for i, word in enumerate(GRAMMAR_WORDS)}
     edges = {}  # state: where in [0, 1] the share of one word ends and that of the next begins
-    for state, arcs in grammar().items():
+    for state, arcs in GRAMMAR.items():
         edges[state] = list(itertools.accumulate(p for p, _ in arcs.values()))[:-1]
     rows = np.zeros((count, LONGEST), np.uint16)
     for row, uniforms in zip(rows, rng.random(rows.shape), strict=True):
         state = "start"
         for position, u in enumerate(uniforms):
-            word = list(grammar()[state])[bisect.bisect(edges[state], u)]
+            word = list(GRAMMAR[state])[bisect.bisect(edges[state], u)]
             row[position] = index[word]
-            state = grammar()[state][word][1]
+            state = GRAMMAR[state][word][1]
     return rows
 
 
 def grammar_split(args):
     """`text_rows` for the grammar: 50,000 and 5,000 sentences."""
-    vocab = grammar_words()
-    tokenizer = dict(tokenizer="grammar", vocab_size=len(vocab), bos_id=None, eos_id=1, pad_id=0)
-    tokenizer |= dict(vocab=vocab, join=" ")
+    size = len(GRAMMAR_WORDS)
+    tokenizer = dict(tokenizer="grammar", vocab_size=size, bos_id=None, eos_id=1, pad_id=0)
+    tokenizer |= dict(vocab=GRAMMAR_WORDS, join=" ")
     draws = [grammar_rows(50_000, [args.seed, 0]), grammar_rows(5_000, [args.seed, 1])]
     return tokenizer, [[rows] for rows in draws]
 

@@ -25,8 +25,7 @@ from model import (
     atomic_write,
     load_model,
     logit_chunks,
-    machine_flags,
-    resolve_machine,
+    parse,
     softmax,
 )
 from prepare_data import decode, encoder, new_parser, positive, say
@@ -276,7 +275,6 @@ def sampling_flags(parser, count, several=False):
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--gamma", type=float, help="renoise between jumps: 0 never, 1 fully", **knob)
     add("--temperature", type=float, help="draw tokens from psi^(1/T); 0: most probable", **knob)
-    machine_flags(parser)
 
 
 def main():
@@ -290,8 +288,7 @@ def main():
     add("--block-size", type=positive, help="tokens written at once (default: as trained)")
     add("--guidance", type=float, default=1.0, help="weight of the context; 0 ignores it")
     sampling_flags(parser, count=4)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = parse(parser)
     if args.output:
         check_output("--output", args.output, ".jsonl")
     model, checkpoint, euler = load_sampler(args.checkpoint, args.device)

@@ -178,9 +178,9 @@ class GrammarOracle(Oracle):
     """The exact posterior of the grammar, by the forward-backward recursion over its automaton."""
 
     def __init__(self):
-        words = prepare_data.grammar_words()
+        words = prepare_data.GRAMMAR_WORDS
         super().__init__(language=(torch.arange(len(words))[:, None], torch.ones(len(words))))
-        arcs = prepare_data.grammar() | {None: {words[0]: (1.0, None)}}  # after the end, padding
+        arcs = prepare_data.GRAMMAR | {None: {words[0]: (1.0, None)}}  # after the end, padding
         states = list(arcs)
         self.arcs = torch.zeros(len(states), len(words), len(states), dtype=torch.float64)
         for state, out in arcs.items():
@@ -1076,14 +1076,14 @@ def test_pack():
 
 def test_grammar_is_exact():
     """Probabilities sum to 1, the entropy is E[-log p], and one changed word is ungrammatical."""
-    for arcs in prepare_data.grammar().values():
+    for arcs in prepare_data.GRAMMAR.values():
         assert sum(p for p, _ in arcs.values()) == pytest.approx(1, abs=1e-12)
     rows = prepare_data.grammar_rows(20_000, 1)
     nll = -np.array([prepare_data.grammar_log_prob(row) for row in rows])
     error = nll.std() / len(nll) ** 0.5
     assert abs(nll.mean() - prepare_data.grammar_entropy()) < 4 * error
     assert rows.shape[1] == prepare_data.LONGEST == (rows != 0).sum(1).max()
-    words = prepare_data.grammar_words()
+    words = prepare_data.GRAMMAR_WORDS
 
     def probability(text):
         row = [words.index(word) for word in text.split()]

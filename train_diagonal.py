@@ -56,9 +56,8 @@ from model import (
     commit,
     head_loss,
     load_model,
-    machine_flags,
+    parse,
     read_checkpoint,
-    resolve_machine,
     save_checkpoint,
 )
 from prepare_data import new_parser, positive, say
@@ -577,7 +576,6 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     yes_no = argparse.BooleanOptionalAction
     add("--compile", action=yes_no, help="torch.compile (default: on cuda)")
     add("--activation-checkpointing", action="store_true", help="recompute blocks to save memory")
-    machine_flags(parser)
 
 
 def model_flags(parser):
@@ -609,8 +607,7 @@ def main():
     parser = new_parser(__doc__)
     training_flags(parser, steps=1_000_000)
     model_flags(parser)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = parse(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     meta = prepare_data.read_meta(args.data)

@@ -52,10 +52,9 @@ from model import (
     ModelConfig,
     RowLoss,
     head_loss,
-    machine_flags,
     modulate,
     norm,
-    resolve_machine,
+    parse,
     schedule_table,
 )
 from prepare_data import Help
@@ -427,9 +426,7 @@ def main():
     yes_no = argparse.BooleanOptionalAction
     add("--compile", action=yes_no, help="torch.compile (default: on cuda)")
     add("--output", type=Path, help="JSON to write")
-    machine_flags(parser)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = parse(parser)
     if args.output:
         check_output("--output", args.output, ".json")
     if args.compile is None:

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import entropies, judge_scores, load_judge, table
-from model import machine_flags, resolve_machine
+from model import parse
 from prepare_data import Help, decode, grammar_log_prob, read_meta, read_rows
 from sample import check_output, continue_text, draw_samples, load_sampler
 
@@ -94,9 +94,7 @@ def parse_args():
     add("--against", nargs=3, metavar=("PATH", "W", "N"), help=help)
     add("--seed", type=int, default=0, help="of the noise")
     add("--output", type=Path, help="JSON to write")
-    machine_flags(parser)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = parse(parser)
     if args.output:
         check_output("--output", args.output, ".json")
     return args

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import machine_flags, resolve_machine
+from model import parse
 from prepare_data import Help, decode, read_meta, read_rows
 
 EOS = "<|endoftext|>"
@@ -81,9 +81,7 @@ def parse_args():
     add("--steps", type=int, default=1500, help="of training")
     add("--lr", type=float, default=2e-3, help="the highest learning rate")
     add("--seed", type=int, default=0, help="of the weights and the order of windows")
-    machine_flags(parser)
-    args = parser.parse_args()
-    resolve_machine(args)
+    args = parse(parser)
     if args.width % 32:
         raise SystemExit(f"--width {args.width} is not a multiple of 32")
     if args.out.exists():
