@@ -47,9 +47,8 @@ from model import RowLoss, entropy, head_loss, in_autocast_dtype, load_model, lo
 from prepare_data import new_parser, read_meta, same_tokens
 from train_diagonal import by_context, diagonal_loss
 
+
 # ---- The jumps. --------------------------------------------------------------------------------
-
-
 class Jump(NamedTuple):
     """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
@@ -87,8 +86,6 @@ def draw_progress(draw, boundary, to_data=False):
 # ---- The three teachers. A new loss is an entry of TEACHERS. -----------------------------------
 # They return the student's h_st (B, L, D) with its graph, and a RowLoss whose target is a constant
 # of the gradient. `teacher` gives psi_ss or psi_tt.
-
-
 def psd(model, teacher, y, jump, args):
     """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64), from the student."""
     s, u, t = jump.s, jump.u, jump.t
@@ -189,8 +186,6 @@ def per_row(value, y):
 
 
 # ---- Divergences between psi_st = softmax(z) and q, (n, V) each: a report, and g on z. ---------
-
-
 def kl(z, q):
     """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
     log_p = z.log_softmax(-1)
@@ -227,8 +222,6 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
 
 
 # ---- The objective of stage 2: the diagonal on some rows, consistency on the others (16). ------
-
-
 def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
@@ -321,8 +314,6 @@ def dmd_surrogate(z, h_real, h_critic, real_head, critic_head):
 
 
 # ---- The diagonal in stage 2, and all rows together. -------------------------------------------
-
-
 def diagonal_from_stage1(model, stage1, tokens, draw, args):
     """The diagonal learned from stage 1: KL(sg[q] || psi_tt(x_t)) instead of (22).
 
@@ -407,8 +398,6 @@ def spread(rows, share):
 
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
-
-
 def distillation_flags(parser):
     """The flags of stage 2 alone."""
     yes_no = argparse.BooleanOptionalAction

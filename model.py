@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 
+
 # ---- The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47). ------------------------------------
-
-
 class Interpolant(NamedTuple):
     """A path between noise and data, and the coefficients of its flow, elementwise in the times.
 
@@ -480,8 +479,6 @@ class Conditional:
 
 
 # ---- Losses over a vocabulary, without logits of shape (B, L, V). ------------------------------
-
-
 def softmax(z):
     """psi from logits, in at least float32: an average of posteriors (58) is on the simplex."""
     return at_least_float32(z).softmax(-1)
@@ -602,8 +599,6 @@ def entropy(p):
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
 # Randomness: a function of (seed, step, row of the global batch), however those rows are split.
-
-
 class Draw:
     """Random numbers of rows (n,) of a step's global batch; each call draws fresh ones.
 
@@ -653,8 +648,6 @@ class Draw:
 
 
 # ---- Checkpoints: runs/NAME/checkpoint-STEP.pt, a dict of tensors and plain builtins. ----------
-
-
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file to write that appears at `path` only when it is complete and on disk.

@@ -22,7 +22,6 @@ a data set is complete or absent.
 
 import argparse
 import bisect
-import collections
 import contextlib
 import fcntl
 import functools
@@ -41,7 +40,7 @@ import numpy as np
 SOURCES = {  # the defaults of the flags that depend on what is prepared
     "grammar": dict(tokenizer="grammar", seq_len=10),
     "owt": dict(source=["Skylion007/openwebtext"], tokenizer="gpt2", seq_len=1024)
-    | dict(documents="paragraph", val_documents=100_000),
+    | dict(documents="paragraph", val_documents=100_000),  # the last documents of the hub's one split
     "lm1b": dict(source=["dvruette/lm1b"], tokenizer="bert", seq_len=128, documents="line"),
     "text8": dict(source=["afmck/text8"], tokenizer="char", seq_len=256),
     "file": dict(tokenizer="gpt2", seq_len=128),
@@ -49,8 +48,6 @@ SOURCES = {  # the defaults of the flags that depend on what is prepared
 
 
 # ---- From documents to rows. -------------------------------------------------------------------
-
-
 def batches(items):
     """Lists of up to 1,000 items: enough to share between threads, small enough for the memory."""
     items = iter(items)
@@ -131,10 +128,7 @@ def load_texts(args):
                 raise SystemExit(f"--source {path} is no file of text; {expected}")
         files = (read_file(path, args.column, args.documents) for path in paths)
         splits = [itertools.chain.from_iterable(files)]  # one file is open at a time
-    splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
-    if args.val_documents and len(splits) == 1:
-        return hold_out(splits[0], args.val_documents)
-    return splits
+    return [texts(itertools.islice(split, args.limit), args.column) for split in splits]
 
 
 def read_file(path, column, documents):
@@ -188,7 +182,11 @@ def hub_records(args):
         names = [name for name in ("train", "validation", "test") if name in found][:2]
         if not names:
             raise ValueError(f"it has {[*found]}, expected train, validation or test")
-        return [found[name].select_columns([args.column]) for name in names]
+        train, *val = [found[name].select_columns([args.column]) for name in names]
+        if args.val_documents and not val:
+            cut = len(train) - args.val_documents
+            return [train.select(range(cut)), train.select(range(cut, len(train)))]
+        return [train, *val]
 
 
 def texts(records, column):
@@ -210,18 +208,6 @@ def texts(records, column):
         say(f"{halves:,} documents hold half a surrogate pair: it becomes U+FFFD")
 
 
-def hold_out(texts, count):
-    """Split off the last `count` texts. They are known once the others have been read."""
-    held = collections.deque(itertools.islice(texts, count))
-
-    def others():
-        for text in texts:
-            held.append(text)
-            yield held.popleft()
-
-    return [others(), held]
-
-
 def build(args, folder):
     """Write train.bin, val.bin and meta.json into `folder`; return the last as a dict."""
     source_rows = grammar_split if args.name == "grammar" else text_rows
@@ -234,7 +220,7 @@ def build(args, folder):
         val = [[rows[-held:]]]
     val_rows = write_rows(folder / "val.bin", val[0])
     if not train_rows or not val_rows:
-        advice = "add text, or lower --seq-len or --val-documents"
+        advice = "add text, or lower --seq-len"
         raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
     meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows)
@@ -252,8 +238,6 @@ def build(args, folder):
 # ---- Tokenizers. -------------------------------------------------------------------------------
 # meta.json holds {tokenizer, vocab_size, bos_id, eos_id, pad_id} and, except for GPT-2,
 # {vocab, join}: the strings by token id, and the string that joins them.
-
-
 @functools.cache
 def gpt2():
     """GPT-2's tokenizer."""
@@ -328,8 +312,6 @@ def decode(meta, ids):
 
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
-
-
 def prepare(args):
     """Build the data set beside its target, then rename it; return its meta.json as a dict."""
     files = ["train.bin", "val.bin", "meta.json"]
@@ -450,8 +432,6 @@ def parse_args():
     add("--column", default="text", metavar="NAME", help="the column or key that holds the text")
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
-    text = "hold out the last N if the hub gives no split (default: owt 100000, else 0: 5%% of it)"
-    add("--val-documents", type=int, metavar="N", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")
 

@@ -62,9 +62,8 @@ from model import (
 )
 from prepare_data import new_parser, positive, say
 
+
 # ---- The objective. ----------------------------------------------------------------------------
-
-
 def cross_entropy(z, tokens):
     """-log psi(token) (22) for logits z (n, V) and tokens (n,): a function for `RowLoss`."""
     target = tokens[:, None]
@@ -94,8 +93,6 @@ def diagonal_loss(model, tokens, draw, power=0.5, target=None):
 
 
 # ---- Clean contexts (section 4.2). -------------------------------------------------------------
-
-
 def draw_contexts(L, draw, args):
     """(start, length, context) of each row, (B,) each.
 
@@ -144,8 +141,6 @@ def by_context(loss, networks, tokens, draw, args):
 
 
 # ---- Gradients. --------------------------------------------------------------------------------
-
-
 def gradients(params, objective, model, batches, surgery):
     """Gradients of one step: (list like params, {name: mean scalar}), the same on every rank.
 
@@ -364,8 +359,6 @@ def means(sums, count):
 
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, rows):
     """A permutation of range(rows)."""
@@ -408,13 +401,12 @@ class Log:
 
     def speed(self):
         """Seconds a step since `reset`, compilation included, and tokens a second."""
+        peak = {}
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+            peak = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         seconds = (time.perf_counter() - self.clock) / self.steps
-        speed = {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds}
-        if self.device.type == "cuda":
-            speed["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return speed
+        return {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds} | peak
 
     def write(self, done, extra):
         """Write a line, from rank 0. SystemExit if more than SKIP_LIMIT steps in a row were bad."""
@@ -442,9 +434,8 @@ class Log:
     def say(self, text):
         """Print a line, above the progress bar, from rank 0."""
         if self.rank == 0:
-            self.bar.clear()
-            say(text)
-            self.bar.refresh()
+            with self.bar.external_write_mode():
+                say(text)
 
 
 def start_ranks(args):
@@ -548,8 +539,6 @@ def claim_folder(args, start):
 
 
 # ---- Flags. ------------------------------------------------------------------------------------
-
-
 def training_flags(parser, steps, steps_help="optimizer steps"):
     """The flags that both stages share."""
     add = parser.add_argument_group("training").add_argument
