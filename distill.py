@@ -44,7 +44,7 @@ import torch
 
 import train_diagonal
 from model import RowLoss, entropy, head_loss, in_autocast_dtype, load_model, logit_chunks, softmax
-from prepare_data import new_parser, read_meta, same_tokens
+from prepare_data import new_parser, read_meta, same_tokens, say
 from train_diagonal import by_context, diagonal_loss
 
 
@@ -477,7 +477,9 @@ def load_networks(args, meta, resumed):
     """
     model, checkpoint = load_model(resumed or args.checkpoint)
     earlier = checkpoint["args"]
-    same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
+    same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len")
+    if checkpoint["meta"]["sha256"] != meta["sha256"]:
+        say(f"{args.checkpoint} was trained on other rows than those of {args.data}")
     if "loss" in earlier and not resumed and args.loss != "dmd":
         raise SystemExit(f"{args.checkpoint} is a map: name a stage 1, or add --loss dmd")
     if args.loss == "dmd" and earlier.get("guidance", 1) != 1:

@@ -40,7 +40,7 @@ import numpy as np
 SOURCES = {  # the defaults of the flags that depend on what is prepared
     "grammar": dict(tokenizer="grammar", seq_len=10),
     "owt": dict(source=["Skylion007/openwebtext"], tokenizer="gpt2", seq_len=1024)
-    | dict(documents="paragraph", val_documents=100_000),  # the last documents of the hub's one split
+    | dict(documents="paragraph", val_documents=100_000),  # the last of the hub's only split
     "lm1b": dict(source=["dvruette/lm1b"], tokenizer="bert", seq_len=128, documents="line"),
     "text8": dict(source=["afmck/text8"], tokenizer="char", seq_len=256),
     "file": dict(tokenizer="gpt2", seq_len=128),
@@ -285,8 +285,9 @@ def encoder(meta):
         return lambda text: bert(text, add_special_tokens=False)["input_ids"]
 
     def encode(text):
-        with explain("not in the vocabulary", "use other words"):
-            return [index[word] for word in (text.split() if meta["join"] else text)]
+        words = text.split() if meta["join"] else text
+        with explain("not in the vocabulary", r"in a shell $'a\nb' holds a line break, 'a\nb' none"):
+            return [index[word] for word in words]
 
     return encode
 
@@ -374,8 +375,9 @@ def same_tokens(path, trained_meta, folder, meta, *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
             values = "" if key in ("vocab", "sha256") else f": {was} and {meta.get(key)}"
-            found = f"{path} and {folder} differ in {key}{values}"
-            raise SystemExit(f"{found}; give a checkpoint and --data of the same {key}")
+            found = f"{path} and {folder} differ in {'rows' if key == 'sha256' else key}{values}"
+            advice = "to train stage 1 on other rows, start a new run with --init"
+            raise SystemExit(f"{found}; give the --data it was trained on ({advice})")
 
 
 @contextlib.contextmanager
