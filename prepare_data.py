@@ -286,7 +286,7 @@ def encoder(meta):
 
     def encode(text):
         words = text.split() if meta["join"] else text
-        with explain("not in the vocabulary", r"in a shell $'a\nb' holds a line break, 'a\nb' none"):
+        with explain("not in the vocabulary", r"a line break is typed as $'a\nb'"):
             return [index[word] for word in words]
 
     return encode
