@@ -95,11 +95,10 @@ def bound_grid(model, points):
 
     With times per position (38) this is the r of the middle of the row.
     """
-    path = model.path
-    last = model.times(torch.ones(1, 1, dtype=torch.float64))
-    end = last[0, last.shape[1] // 2]
-    r = np.geomspace(0.05, float(path.beta(end) / path.alpha(end)), points)
-    t = path.time_at(torch.from_numpy(r / (1 + r)))
+    end = model.times(torch.ones(1, 1, dtype=torch.float64))
+    last = model.path.beta(end) / model.path.alpha(end)
+    r = np.geomspace(0.05, float(last[0, last.shape[1] // 2]), points)
+    t = model.path.time_at(torch.from_numpy(r / (1 + r)))
     tau = np.interp(t, model.schedule_time, model.schedule_tau)
     return model.times(torch.from_numpy(np.append(0, tau))[:, None])
 
@@ -396,8 +395,8 @@ def evaluation(args, sets):
         model, facts, euler = load_sampler(path, args.device)
         name = path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
         if args.nfe:
-            block_size = facts["args"].get("block_size")
-            for row in model_rows(args, score, name, model, euler, block_size):
+            size = facts["args"].get("block_size")
+            for row in model_rows(args, score, name, model, euler, size):
                 yield "results", row
         if args.bound:
             for folder, data in sets.items():
