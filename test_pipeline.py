@@ -282,8 +282,8 @@ def test_the_whole_road(work, loss):
     assert re.findall("--- (.*)", out) == ["1 NFE", "3 NFE"]
     texts = read_texts(work / "out-3.jsonl")
     assert texts == out.splitlines()[-2:]
-    model, saved, _ = sample.load_sampler(run, "cpu")
-    assert same(dict(model.state_dict()), saved["ema"])  # the averaged weights
+    model, _, _ = sample.load_sampler(run, "cpu")
+    assert same(dict(model.state_dict()), newest(run)["ema"])  # the averaged weights
     rows = sample.draw_samples(model, 3, 2, 64, 0, euler=False)
     assert rows.shape == (2, meta["seq_len"])
     assert texts == [decode(meta, row) for row in rows]
@@ -323,8 +323,8 @@ def test_stage_2_carries_its_stage_1(work, tmp_path):
     assert all(0 < step < 0.02 for step in moved)  # two steps of Adam from where each began
     shutil.rmtree(tmp_path / "map")
     train(work, tmp_path / "dmd", *flags, 3, "--resume", stage="dmd")
-    model_of, saved, euler = sample.load_sampler(tmp_path / "dmd", "cpu")
-    assert same(dict(model_of.state_dict()), saved["ema"])
+    model_of, _, euler = sample.load_sampler(tmp_path / "dmd", "cpu")
+    assert same(dict(model_of.state_dict()), newest(tmp_path / "dmd")["ema"])
     assert not euler
 
 
@@ -861,7 +861,7 @@ def test_a_full_disk_is_named(work, tmp_path, script):
     how = dict(capture_output=True, text=True, preexec_fn=limit)
     done = subprocess.run([*map(str, command)], **how)
     assert re.search("cannot write .*too large.*make room", one_line(done))
-    assert not list(tmp_path.glob("s.*"))
+    assert {path.name for path in tmp_path.glob("s.*")} <= {"s.json"}  # the rows that fitted
     assert ("validation rows" in done.stdout) == (script == "evaluate.py")
 
 
@@ -1306,15 +1306,12 @@ def test_a_model_of_blocks_writes_blocks(conditional):
 
 def test_a_long_text_leaves_out_the_place_of_eos(monkeypatch):
     """Framed rows end with EOS at position L - 1, so the window of a text beyond L has L - 1."""
-    seen = {}
-    monkeypatch.setattr(sample, "continue_text", lambda *inputs, **how: seen.update(how))
     monkeypatch.setattr(sample, "encoder", lambda meta: lambda text: [5, 6])
     args = SimpleNamespace(prompt="a b", length=40, block_size=4, guidance=1.0)
     for bos, context, window in ((None, "any", 16), (0, "any", 15), (None, "block", 16)):
         trained = {"context": context, "block_size": 2}
-        write = sample.prompt_writer(args, {"seq_len": 16, "bos_id": bos}, trained)
-        write(SimpleNamespace(head=torch.zeros(1)), 2, None)
-        assert seen["window"] == window
+        options = sample.prompt_options(args, {"seq_len": 16, "bos_id": bos}, trained)
+        assert options["window"] == window
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1422,14 +1419,15 @@ def test_controls():
 def test_bootstrap():
     """The interval of a mean is that of the normal law; what is not finite has none."""
     samples = np.random.default_rng(1).normal(size=400)
-    weights = evaluate.resamples(400)
-    assert (weights.sum(1) == 400).all()
-    value, (low, high) = evaluate.estimate(weights @ samples / 400)
-    assert value == pytest.approx(samples.mean())
-    assert low < value < high
+    found = evaluate.bootstrap("mean", samples, np.ones(400))
+    low, high = found["mean_interval"]
+    assert found["mean"] == pytest.approx(samples.mean())
+    assert low < found["mean"] < high
     assert high - low == pytest.approx(2 * 1.96 * samples.std() / 20, rel=0.1)
-    assert evaluate.estimate(np.full(1001, np.nan)) == (None, None)
-    assert evaluate.estimate(np.array([1.0, *[np.nan] * 51, *[1.0] * 949])) == (1.0, None)
+    missing = evaluate.bootstrap("mean", np.zeros(2), np.zeros(2))
+    assert missing == {"mean": None, "mean_interval": None}
+    some = evaluate.bootstrap("mean", np.ones(2), np.array([1, 0]))  # 2/0 if the first is not drawn
+    assert some == {"mean": 2, "mean_interval": None}
 
 
 @pytest.fixture(scope="session")
@@ -1480,6 +1478,25 @@ def test_evaluate_text(letters, judge, monkeypatch):
     nll, count = evaluate.judge_scores(texts, *evaluate.load_judge(str(judge), "cpu"), 32).sum(0)
     assert results[2, 1, 1]["gen_ppl"] == pytest.approx(math.exp(nll / count))
     assert results[2, 1, 1]["entropy"] == pytest.approx(evaluate.entropies(rows).mean())
+
+
+def test_a_killed_evaluation_keeps_its_rows(work, tmp_path, monkeypatch):
+    """Each row is printed, and written as JSON, as soon as it is scored."""
+    draw = evaluate.draw_samples
+
+    def killed(model, nfe, *inputs, **how):
+        if nfe == 3:
+            raise SystemExit("killed")
+        return draw(model, nfe, *inputs, **how)
+
+    monkeypatch.setattr(evaluate, "draw_samples", killed)
+    flags = ["--checkpoint", work / "runs/grammar-diagonal", "--data", work / "data/grammar"]
+    flags += ["--num-samples", 9, "--nfe", 1, 3, "--output", "e.json"]
+    done = python("evaluate.py", *flags, cwd=tmp_path, ok=False)
+    assert one_line(done) == "killed"
+    results = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert [row["nfe"] for row in results] == [None, None, None, 1]
+    assert all(f"entropy {row['entropy']:.3f}" in done.stdout for row in results)
 
 
 def test_bound_by_data_set(letters):
