@@ -11,8 +11,7 @@ Reads checkpoints of either stage, and files of samples. First come controls fro
 validation rows, the same with their words shuffled, and draws from the unigram of the training
 rows. The main score is, on the grammar, the share of grammatical sentences and, on text, generative
 perplexity by the protocol of `judge_scores`, which needs `transformers`. Intervals are 95%, by
-bootstrap over samples. distinct_4 and copied_4 are the shares of 4-grams that are distinct, and
-that occur in training rows. Each row is printed and written as JSON at once; tables come last.
+bootstrap over samples. Each row is printed and written as JSON at once; tables come last.
 """
 
 import bisect
@@ -21,7 +20,6 @@ import itertools
 import json
 import math
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +33,8 @@ from model import Draw, atomic_write, commit, logit_chunks, parse
 from prepare_data import decode, encoder, explain, positive, read_meta, read_rows, same_tokens, say
 from sample import check_output, choose, draw_samples, generate, load_sampler, uniforms
 
-# ------------------------------------------------------------------------------------------------
-# Generative perplexity.
 
-
+# ---- Generative perplexity. --------------------------------------------------------------------
 @torch.no_grad()
 def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     """(NLL in nats, tokens counted) of each text, float64 (N, 2); gen-PPL is exp(sum / sum).
@@ -72,10 +68,7 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     return scores
 
 
-# ------------------------------------------------------------------------------------------------
-# The likelihood bound.
-
-
+# ---- The likelihood bound. ---------------------------------------------------------------------
 def diagonal_errors(model, h, tokens, whiten):
     """-log psi(token) and |(x1 - psi) W whiten|^2, (2, B, L), for psi = softmax(h @ head.T)."""
     targets = tokens.flatten()[:, None]
@@ -146,10 +139,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     return r[1:, 0, r.shape[2] // 2].numpy(), bound
 
 
-# ------------------------------------------------------------------------------------------------
-# Other scores of samples, rows of token ids, and their intervals; equal entropy; controls.
-
-
+# ---- Other scores of samples, rows of token ids, and their intervals; equal entropy; controls. -
 def entropies(rows):
     """-sum p log p in nats of each row's own token counts, padding included: (N,)."""
     shares = [np.unique(row, return_counts=True)[1] / len(row) for row in rows]
@@ -168,25 +158,6 @@ def grammar_scores(rows, train_rows):
         "distinct": len(set(good)) / max(1, len(good)),
         "in_training": sum(row in seen for row in good) / max(1, len(good)),
     }
-
-
-def ngrams(rows):
-    """Every run of 4 ids in rows (..., L) as one number, uint64 (..., L - 3): a 64-bit hash."""
-    rows = np.asarray(rows, np.uint64)
-    count = max(0, rows.shape[-1] - 3)
-    key = np.uint64(0)
-    for i in range(4):
-        key = key * np.uint64(0x9E3779B97F4A7C15) + rows[..., i : i + count] + np.uint64(1)
-    return key
-
-
-def diversity(rows, known=None):
-    """Shares of 4-grams that are distinct, and that are in `known`, hashes by `ngrams`; or None."""
-    grams = np.concatenate([ngrams(row) for row in rows])
-    if not len(grams):
-        return {"distinct_4": None, "copied_4": None}
-    copied = None if known is None else float(np.isin(grams, known).mean())
-    return {"distinct_4": len(np.unique(grams)) / len(grams), "copied_4": copied}
 
 
 def bootstrap(name, top, bottom, of=np.asarray):
@@ -262,10 +233,7 @@ def control_rows(meta, train, val, count, seed):
     return {"validation rows": real, "their words shuffled": shuffled, "unigram draws": unigram}
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading
-
-
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
 def load_judge(name, device, length=1):
     """(causal language model in float32 that reads `length` tokens, tokenizer): folder or hub."""
     advice = "give a folder, or a hub name and a network; needs pip install -e '.[eval]'"
@@ -285,10 +253,10 @@ def judge_ids(texts, tokenizer, max_length):
     return tokenizer(texts, **how)["input_ids"]
 
 
-def score_samples(meta, train, known, judge, name, rows, texts=None, **facts):
+def score_samples(meta, train, judge, name, rows, texts=None, **facts):
     """A row of the table, for samples as rows of ids, or as texts without a data set (meta {}).
 
-    known: `ngrams` of the training rows. judge: arguments of `judge_scores`; on the grammar None.
+    judge: arguments of `judge_scores`; on the grammar None.
     """
     texts = texts or [decode(meta, row) for row in rows]
     rows = judge_ids(texts, *judge[1:3]) if rows is None else rows
@@ -299,10 +267,7 @@ def score_samples(meta, train, known, judge, name, rows, texts=None, **facts):
     else:
         good, extra = grammar_scores(rows, train)
         result |= bootstrap("grammatical", good, np.ones(len(good)))
-    result["entropy"] = float(entropies(rows).mean())
-    if meta.get("pad_id") is not None:
-        rows = [row[row != meta["pad_id"]] for row in rows]
-    return result | extra | diversity(rows, known)
+    return result | {"entropy": float(entropies(rows).mean())} | extra
 
 
 def cell(value):
@@ -352,26 +317,19 @@ def bound_row(args, name, model, folder, meta, _, val):
 def model_rows(args, score, name, model, euler, block_size):
     """Yield rows of the table for one model: every combination of NFE, gamma and temperature."""
     how = dict(batch_size=args.batch_size, seed=args.seed, dtype=args.dtype, euler=euler)
-    warm_up = min(args.batch_size, args.num_samples)
-    draw_samples(model, 1, warm_up, block_size=block_size, **how)
     temperatures = [None] if args.entropy else args.temperature
     for nfe, gamma, T in itertools.product(args.nfe, args.gamma, temperatures):
         if nfe == 1 and gamma != args.gamma[0]:
             continue  # gamma acts between jumps
         how |= dict(gamma=gamma, count=args.num_samples)
-        start = time.perf_counter()
         if args.entropy:
             T, ids = draw_at_entropy(args.entropy, model, nfe, **how)
             if T in (0, 2):
                 say(f"{name}, {nfe} NFE: no temperature from 0 to 2 gives --entropy {args.entropy}")
         else:
             ids = draw_samples(model, nfe, temperature=T, block_size=block_size, **how)
-        seconds = time.perf_counter() - start
         facts = dict(sampler="euler" if euler else "flow-map", nfe=nfe, gamma=gamma, temperature=T)
-        row = score(name, ids, **facts)
-        if not args.entropy:
-            row["seconds_per_1000"] = 1000 * seconds / len(ids)
-        yield row
+        yield score(name, ids, **facts)
 
 
 def evaluation(args, sets):
@@ -380,12 +338,11 @@ def evaluation(args, sets):
     files = [(path.name, read_samples(path)) for path in args.samples]
     files = [(name, to_ids(texts, meta) if meta else None, texts) for name, texts in files]
     if args.nfe or files:
-        known = np.unique(ngrams(train)) if meta else None
         judge = None
         if meta.get("tokenizer") != "grammar":
             length = meta.get("seq_len", 1024)
             judge = (*load_judge(args.judge, args.device, length), length, args.judge_batch)
-        score = functools.partial(score_samples, meta, train, known, judge)
+        score = functools.partial(score_samples, meta, train, judge)
         controls = control_rows(meta, train, val, args.num_samples, args.seed) if meta else {}
         for inputs in (*controls.items(), *files):
             yield "results", score(*inputs, sampler=None, nfe=None, gamma=None, temperature=None)
@@ -394,8 +351,8 @@ def evaluation(args, sets):
         name = path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
         if args.nfe:
             size = facts["args"].get("block_size")
-            for row in model_rows(args, score, name, model, euler, size):
-                yield "results", row
+            rows = model_rows(args, score, name, model, euler, size)
+            yield from (("results", row) for row in rows)
         if args.bound:
             for folder, data in sets.items():
                 yield "bound", bound_row(args, name, model, folder, *data)
@@ -464,8 +421,6 @@ def main():
         raise SystemExit("--bound and --entropy need models of whole rows, without --block-size")
     sets = data_sets(args, saved)
     found = dict(args=vars(args), commit=commit(), results=[], bound=[], torch=torch.__version__)
-    found["threads"] = torch.get_num_threads()
-    found["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     found["data"] = {str(folder.resolve()): meta["sha256"] for folder, (meta, *_) in sets.items()}
     found["checkpoints"] = [{"path": str(p), "step": facts["step"]} for p, facts in saved.items()]
     for name, row in evaluation(args, sets):

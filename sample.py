@@ -29,10 +29,8 @@ from model import (
 )
 from prepare_data import decode, encoder, new_parser, positive, say
 
-# ------------------------------------------------------------------------------------------------
-# The sampler.
 
-
+# ---- The sampler. ------------------------------------------------------------------------------
 @torch.no_grad()
 def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, after_jump=None):
     """Jump `nfe` times from standard normals xi (B, L, model.noise_size), and return the last psi.
@@ -115,10 +113,7 @@ def uniforms(xi):
     return torch.special.ndtr(xi[..., 0]).flatten().clamp(max=1 - 2**-24)
 
 
-# ------------------------------------------------------------------------------------------------
-# Whole rows, and text after a prompt.
-
-
+# ---- Whole rows, and text after a prompt. ------------------------------------------------------
 @torch.no_grad()
 def continue_text(
     model, tokens, length, block_size, normal, guidance=1.0, window=None, temperature=0.0, **how
@@ -173,10 +168,7 @@ def draw_samples(model, nfe, count, batch_size, seed, dtype="float32", write=wri
     return torch.cat([batch(first) for first in bar]).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading
-
-
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
 def load_sampler(path, device):
     """(model, the "args", "meta" and "step" of its checkpoint, whether it is of stage 1)."""
     model, checkpoint = load_model(path, device)
