@@ -53,8 +53,7 @@ class Jump(NamedTuple):
     """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
     The rates are 1, unless each position has times of its own (38): then they are d time / d
-    progress, scaled to a mean of 1. They are the tangents of s and t, and divide the identities.
-    """
+    progress, scaled to a mean of 1. They are the tangents of s and t, and divide the identities."""
 
     s: torch.Tensor
     u: torch.Tensor
@@ -75,8 +74,7 @@ def draw_progress(draw, boundary, to_data=False):
     """Progress s <= u <= t, float64 (B, 1) each: a uniform step, its start uniform, u half-way.
 
     A share `boundary` of the rows jumps from noise to data, and to_data ends every jump at data.
-    No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0.
-    """
+    No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0."""
     step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
     step = torch.where(edge < boundary, 1.0, 0.001 + 0.999 * step)
     s = 1 - step if to_data else start * (1 - step)
@@ -145,8 +143,7 @@ def identity_target(model, teacher, h_teacher, dh, a, b, args):
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, finite at t = 1.
 
     LSD is better conditioned in the signed form: its logit form divides a vanishing psi_tt by a
-    vanishing 1 + C delta for every token that time t has ruled out.
-    """
+    vanishing 1 + C delta for every token that time t has ruled out."""
     by_row = h_teacher.flatten(0, 1), dh.flatten(0, 1), per_row(a, dh), per_row(b, dh)
     heads = in_autocast_dtype(teacher.head), in_autocast_dtype(model.head)
     if args.form == "signed":
@@ -170,8 +167,7 @@ def logit_target(z, h_teacher, dh, a, b, teacher_head, head, divergence):
 
     softmax ignores a factor in the logarithm: 1 - delta / kappa = (Gamma - E delta) / Gamma, so
     a + b delta serves. A network's may be negative, unlike the true flow map's: the share that is
-    clamped is the best health signal of a run.
-    """
+    clamped is the best health signal of a run."""
     z_teacher, _, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     argument = delta.mul_(b).add_(a)
     floor = CLAMP * (a + b.abs())
@@ -211,8 +207,7 @@ DIVERGENCES = {"kl": kl, "square": square}
 def signed(z, h_teacher, dh, a, b, teacher_head, head):
     """The "signed" form of `identity_target`: the logits' gradient is the identity's residual.
 
-    Its target may have negative entries and so no KL: the loss is |p - q|^2 / 2.
-    """
+    Its target may have negative entries and so no KL: the loss is |p - q|^2 / 2."""
     z_teacher, psi_st, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     psi = softmax(z_teacher)
     g = a * (psi_st - psi) + b * psi_st * delta
@@ -226,8 +221,7 @@ def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
     It is weighted by (45) with c = 1e-6, and a learned w of the times makes it exp(-w) loss + w.
-    to_data: all jumps end at data; no w, which is fitted to rows whose loss has another scale.
-    """
+    to_data: all jumps end at data; no w, which is fitted to rows whose loss has another scale."""
     B, L = tokens.shape
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
     jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in jump))
@@ -266,8 +260,7 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
 
     with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(y)), for the
     student's own law. d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
-    Where V > D the network sees x through W, and d is taken whole, not projected on W's span.
-    """
+    Where V > D the network sees x through W, and d is taken whole, not projected on W's span."""
     B, L = tokens.shape
     start, edge, level = draw.uniform(3)[:, :, None].unbind(1)
     start = torch.where(edge < args.boundary, 0.0, RENOISED * start)
@@ -318,8 +311,7 @@ def diagonal_from_stage1(model, stage1, tokens, draw, args):
     """The diagonal learned from stage 1: KL(sg[q] || psi_tt(x_t)) instead of (22).
 
     q is stage 1's psi_tt, far less noisy than a token. With args.guidance it is the guided one:
-    then the student needs one network call a step where guidance needs two.
-    """
+    then the student needs one network call a step where guidance needs two."""
 
     @torch.no_grad()
     def target(y, t):
@@ -349,8 +341,7 @@ def guided(z, h_c, h_0, guidance, head):
 def distillation(args, stage1=None, critic=None):
     """The objective of stage 2. stage1: the frozen network, or None where nothing needs it.
 
-    critic: the network that --loss dmd trains beside the student.
-    """
+    critic: the network that --loss dmd trains beside the student."""
     teacher = stage1 if stage1 and args.loss != "psd" else None  # None: the student itself
     on_diagonal = functools.partial(diagonal_loss, power=args.diagonal_power)
     if args.diagonal_from == "stage1":
@@ -390,8 +381,7 @@ def spread(rows, share):
     """(chosen, index) for `rows`, an int array (n,) of indices into the global batch.
 
     chosen: true for an evenly spread share of all rows, so micro-batches and ranks change nothing.
-    index: numbers the rows that are not chosen.
-    """
+    index: numbers the rows that are not chosen."""
     before = np.floor(rows * share + 1e-9).astype(int)
     after = np.floor((rows + 1) * share + 1e-9).astype(int)
     return after > before, rows - before
@@ -402,19 +392,15 @@ def distillation_flags(parser):
     """The flags of stage 2 alone."""
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("distillation").add_argument
-    text = "the identity to learn, or dmd to match distributions"
-    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help=text)
-    text = "checkpoint or run to start from: stage 1, or with dmd also a map (default: runs/DATA-"
-    add("--checkpoint", type=Path, help=text + "diagonal)")
+    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help="an identity, or dmd")
+    add("--checkpoint", type=Path, help="stage 1; dmd also a map (default: runs/DATA-diagonal)")
     add("--critic-lr", type=float, default=1e-3, help="of dmd: learning rate of the critic")
     add("--joint", action="store_true", help="no stage 1: the student teaches itself everything")
-    text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
-    add("--form", choices=["logit", "signed"], help=text)
+    add("--form", choices=["logit", "signed"], help="target (default: lsd signed, else logit)")
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
     add("--diagonal-share", type=float, help="share of diagonal rows (default: 0.5; dmd 0)")
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
-    text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
-    add("--psd-share", type=float, default=0.0, help=text)
+    add("--psd-share", type=float, default=0.0, help="of lsd, esd: share of the others on psd rows")
     add("--boundary", type=float, help="share of noise-to-data jumps (default: 1/32; dmd 1)")
     add("--consistency-power", type=float, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
@@ -426,11 +412,10 @@ def set_defaults(args):
     """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
     dmd = args.loss == "dmd"
     signed = args.loss == "lsd" and args.divergence == "kl"  # see `identity_target`
-    steps = 1_000_000 if args.joint else 100_000
     defaults = dict(
         out=Path("runs") / (f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")),
         checkpoint=Path("runs") / f"{args.data.name}-diagonal",
-        steps=10_000 if dmd else steps,
+        steps=10_000 if dmd else 1_000_000 if args.joint else 100_000,
         form="signed" if signed else "logit",
         diagonal_share=0.0 if dmd else 0.5,
         diagonal_from="data" if args.guidance == 1 else "stage1",
@@ -473,8 +458,7 @@ def load_networks(args, meta, resumed):
     """(student, frozen stage 1): from the dict `resumed` or, in a new run, from args.checkpoint.
 
     The student is a copy of stage 1 or, for dmd and to resume, a map that carries its stage 1. The
-    flags that shape contexts are taken from there.
-    """
+    flags that shape contexts are taken from there."""
     model, checkpoint = load_model(resumed or args.checkpoint)
     earlier = checkpoint["args"]
     same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len")
@@ -498,8 +482,7 @@ def load_networks(args, meta, resumed):
 def main():
     parser = new_parser(__doc__)
     distillation_flags(parser)
-    text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
-    train_diagonal.training_flags(parser, None, text)
+    train_diagonal.training_flags(parser, None, "default: 100000; dmd 10000, --joint 1000000")
     args = train_diagonal.parse(parser)
     set_defaults(args)
     meta = read_meta(args.data)

@@ -46,8 +46,7 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     We depart from the code of MDLM, Duo and FLM: every text counts (they drop the last batch if it
     is not full), and padding never does (they score one pad token of a text without EOS that is
     padded in its batch). Trailing [PAD] is stripped. BOS and EOS are [CLS] and [SEP], where FLM's
-    code has [CLS] for both; with ours real rows of LM1B have an entropy of 4.34, the paper's.
-    """
+    code has [CLS] for both; with ours real rows of LM1B have an entropy of 4.34, the paper's."""
     eos = tokenizer.eos_token_id
     ids = judge_ids(texts, tokenizer, max_length)
     by_length = np.argsort([len(row) for row in ids], kind="stable")
@@ -86,8 +85,7 @@ def diagonal_errors(model, h, tokens, whiten):
 def bound_grid(model, points):
     """Times (points + 1, 1 or L): r = beta / alpha is 0, then log-spaced to the last one trained.
 
-    With times per position (38) this is the r of the middle of the row.
-    """
+    With times per position (38) this is the r of the middle of the row."""
     end = model.times(torch.ones(1, 1, dtype=torch.float64))
     last = model.path.beta(end) / model.path.alpha(end)
     r = np.geomspace(0.05, float(last[0, last.shape[1] // 2]), points)
@@ -112,8 +110,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     r the error is taken constant. With times per position (38) each position has its own r.
 
     tokens: (N, L). Returns (r (K,) of the middle position, bound (K, N)) for K = points values of
-    r*: the smallest mean over rows is the one to report.
-    """
+    r*: the smallest mean over rows is the one to report."""
     t = bound_grid(model, points)
     r = (model.path.beta(t) / model.path.alpha(t))[:, None]  # (K + 1, 1, 1 or L)
     factor = model.noise_factor().cpu().double()
@@ -163,8 +160,7 @@ def grammar_scores(rows, train_rows):
 def bootstrap(name, top, bottom, of=np.asarray):
     """{name: of(sum(top) / sum(bottom)), ..."_interval": 95%} of two numbers (N,) for each sample.
 
-    Values that are not finite are None, and so is an interval if any resample has such a value.
-    """
+    Values that are not finite are None, and so is an interval if any resample has such a value."""
     N = len(top)
     drawn = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=1000)
     weights = np.concatenate([np.ones((1, N)), drawn])  # all samples once, then the resamples
@@ -180,8 +176,7 @@ def draw_at_entropy(target, model, nfe, count, batch_size, seed, dtype, **how):
 
     The temperature is the first of 0, 0.01, ..., 2 that reaches it; 2 if none does. The network
     runs once. Only the choice of tokens is repeated, with the same uniforms, from the hidden
-    vectors of all samples, which stay on the device.
-    """
+    vectors of all samples, which stay on the device."""
     low = getattr(torch, dtype)
     head = model.head.to(low)
     kept = []
@@ -213,8 +208,7 @@ def to_ids(texts, meta):
 def control_rows(meta, train, val, count, seed):
     """{name: rows of ids}: validation rows, their words shuffled, and unigram draws, `count` each.
 
-    BOS and EOS stay in place. Shuffled text is tokenised again: its rows differ in length.
-    """
+    BOS and EOS stay in place. Shuffled text is tokenised again: its rows differ in length."""
     rng = np.random.default_rng([seed, 1])
     frame = int(meta["bos_id"] is not None)
     inner = slice(frame, meta["seq_len"] - frame)
@@ -256,8 +250,7 @@ def judge_ids(texts, tokenizer, max_length):
 def score_samples(meta, train, judge, name, rows, texts=None, **facts):
     """A row of the table, for samples as rows of ids, or as texts without a data set (meta {}).
 
-    judge: arguments of `judge_scores`; on the grammar None.
-    """
+    judge: arguments of `judge_scores`; on the grammar None."""
     texts = texts or [decode(meta, row) for row in rows]
     rows = judge_ids(texts, *judge[1:3]) if rows is None else rows
     result = {"model": name, **facts, "samples": len(rows)}
@@ -366,8 +359,7 @@ def read_samples(path):
     if path.suffix == ".jsonl":
         lines = [json.loads(line)["text"] for line in lines if line]
     if not any(lines):
-        expected = "expected a .jsonl of {'text': ...}, or one sample a line"
-        raise SystemExit(f"--samples {path} holds no text; {expected}")
+        raise SystemExit(f"--samples {path} has no text: give lines, or JSON lines with a text")
     return lines
 
 

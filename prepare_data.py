@@ -58,8 +58,7 @@ def batches(items):
 def pack(documents, seq_len, bos, eos):
     """Join documents (integer sequences) and cut them, as above, into blocks of uint16 rows (n, L).
 
-    With bos = eos = None nothing is added, and the stream is cut every L tokens.
-    """
+    With bos = eos = None nothing is added, and the stream is cut every L tokens."""
     body = seq_len if bos is None else seq_len - 2
     end = [] if eos is None else [eos]
     stream = np.zeros(0, np.uint16)  # what is not yet in a row
@@ -124,8 +123,7 @@ def load_texts(args):
     else:
         for path in paths:
             if kind(path) not in KINDS or not path.is_file():
-                expected = f"expected files of {', '.join(KINDS)}, or folders of them"
-                raise SystemExit(f"--source {path} is no file of text; {expected}")
+                raise SystemExit(f"--source {path} is no file or folder of {', '.join(KINDS)}")
         files = (read_file(path, args.column, args.documents) for path in paths)
         splits = [itertools.chain.from_iterable(files)]  # one file is open at a time
     return [texts(itertools.islice(split, args.limit), args.column) for split in splits]
@@ -220,8 +218,7 @@ def build(args, folder):
         val = [[rows[-held:]]]
     val_rows = write_rows(folder / "val.bin", val[0])
     if not train_rows or not val_rows:
-        advice = "add text, or lower --seq-len"
-        raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
+        raise SystemExit(f"too little text for rows of {args.seq_len}: add more or lower --seq-len")
     meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows)
     rows = {split: read_rows(folder, split, meta).ravel() for split in ("train", "val")}
@@ -375,9 +372,8 @@ def same_tokens(path, trained_meta, folder, meta, *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
             values = "" if key in ("vocab", "sha256") else f": {was} and {meta.get(key)}"
-            found = f"{path} and {folder} differ in {'rows' if key == 'sha256' else key}{values}"
-            advice = "to train stage 1 on other rows, start a new run with --init"
-            raise SystemExit(f"{found}; give the --data it was trained on ({advice})")
+            found = f"{path} was trained on other data than {folder}, by {key}{values}"
+            raise SystemExit(f"{found}; give its own, or train stage 1 on with --init")
 
 
 @contextlib.contextmanager
@@ -441,8 +437,7 @@ def parse_args():
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
     add("--bert", default="bert-base-uncased", help="hub name or folder of the bert tokenizer")
     add("--seq-len", type=positive, metavar="L", help="BOS and EOS included (default: as above)")
-    text = "threads of the gpt2 tokenizer; bert takes every core, or RAYON_NUM_THREADS of them"
-    add("--workers", type=positive, default=os.cpu_count() or 1, help=text)
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="threads of gpt2's tokenizer")
     args = parser.parse_args()
 
     defaults = dict(source=[], documents="document", val_documents=0) | SOURCES[args.name]
@@ -462,7 +457,7 @@ def main():
         meta = read_meta(args.out)
         for key in ("name", "source", "tokenizer", "seq_len"):
             if meta.get(key) != vars(args)[key]:
-                found = f"{args.out} is already there, with {key} {meta.get(key)}"
+                found = f"{args.out} is there, with {key} {meta.get(key)}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
         say(f"{args.out} is already there; --force makes it again")
         return

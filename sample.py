@@ -18,15 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import (
-    Conditional,
-    Draw,
-    atomic_write,
-    load_model,
-    logit_chunks,
-    parse,
-    softmax,
-)
+from model import Conditional, Draw, atomic_write, load_model, logit_chunks, parse, softmax
 from prepare_data import decode, encoder, new_parser, positive, say
 
 
@@ -68,8 +60,7 @@ def branches(model, guidance):
     """Pairs (weight, network) whose mix is psi_0 + guidance (psi_c - psi_0) (section 4.2).
 
     psi_0 ignores the context of a `Conditional` model. The drift is affine in psi, so mixing
-    denoisers guides it exactly; mixing flow maps agrees with that for short jumps only.
-    """
+    denoisers guides it exactly; mixing flow maps agrees with that for short jumps only."""
     if guidance == 1:
         return [(1.0, model)]
     return [(guidance, model), (1 - guidance, model.without_context())]
@@ -79,8 +70,7 @@ def renoise(model, y, u, t, xi):
     """A state y at time u -> one at an earlier time t: a y + sqrt(alpha_t^2 - a^2 alpha_u^2) x0 W.
 
     a = beta_t / beta_u, x0 W is fresh noise from normals xi (B, L, noise_size). Given x1, the
-    result has the law of the path at t if y has it at u.
-    """
+    result has the law of the path at t if y has it at u."""
     path = model.path
     a = path.beta(t) / path.beta(u)
     variance = path.alpha(t) ** 2 - (a * path.alpha(u)) ** 2
@@ -92,8 +82,7 @@ def choose(head, hidden, temperature=0.0, uniform=None):
     """Tokens (B, L) of psi = sum of weight * softmax(h @ head.T) over the pairs in `hidden`.
 
     The most probable ones or, with temperature T > 0, draws from psi^(1/T) by `uniform` (B L,)
-    in [0, 1). A psi below 0 counts as 0.
-    """
+    in [0, 1). A psi below 0 counts as 0."""
     weights = [weight for weight, _ in hidden]
     tokens = []
     for chunk in zip(*(logit_chunks(h, head) for _, h in hidden), strict=True):
@@ -123,8 +112,7 @@ def continue_text(
     Blocks are whole, or end with the row, as in training; what is beyond `length` is cut off. Keys
     and values of the text are kept until it outgrows the window (default: the model's L). Then that
     slides, and each block encodes its context again: the latest tokens that leave it room.
-    normal(n): returns standard normals (B, n, noise_size). how: arguments of `generate`.
-    """
+    normal(n): returns standard normals (B, n, noise_size). how: arguments of `generate`."""
     window = window or model.config.seq_len
     start = 0  # where the window begins
     keys = None  # of the tokens from there to `unread`
@@ -181,8 +169,7 @@ def load_sampler(path, device):
 def check_output(flag, path, suffix):
     """SystemExit, before any work, if `path` cannot be written or has another suffix."""
     if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
-        expected = f"expected a {suffix} file in a folder that exists and is writable"
-        raise SystemExit(f"{flag} {path}: {expected}; name another")
+        raise SystemExit(f"{flag} {path}: name a {suffix} file in a folder that can be written")
 
 
 def prompt_options(args, meta, trained):

@@ -78,8 +78,7 @@ def diagonal_loss(model, tokens, draw, power=0.5, target=None):
 
     power: the exponent r of (45). Only r = 0 learns E[x1 | x_t]: the weight depends on the token
     drawn, and the paper's r = 0.5 favours likely ones, so samples are sharper and less varied.
-    target: a function of y (B, L, D) and t, returning a `RowLoss` to minimise instead.
-    """
+    target: a function of y (B, L, D) and t, returning a `RowLoss` to minimise instead."""
     B, L = tokens.shape
     tau = draw.uniform(1)
     t = model.times(tau).float().to(tokens.device, non_blocking=True)  # (B, 1 or L)
@@ -97,8 +96,7 @@ def draw_contexts(L, draw, args):
     """(start, length, context) of each row, (B,) each.
 
     A row's block is its `length` tokens from `start`. Its context is its first `context` tokens:
-    all before the block, or none where the context is dropped.
-    """
+    all before the block, or none where the context is dropped."""
     size = args.block_size or L
     quarter, drop = draw.uniform(2).unbind(1)
     # All rows share one random offset, so a step has only four places, L / 4 apart, and rows with
@@ -116,8 +114,7 @@ def by_context(loss, networks, tokens, draw, args):
     """loss(*networks, tokens, draw), or under --context its mean over rows of blocks and contexts.
 
     A row's context is whole blocks ("block") or any number of tokens ("any"). Rows of equal lengths
-    run together, so no mask is needed and the fused attention kernels serve.
-    """
+    run together, so no mask is needed and the fused attention kernels serve."""
     if not args.context:
         return loss(*networks, tokens, draw)
     start, length, context = draw_contexts(tokens.shape[1], draw, args)
@@ -145,8 +142,7 @@ def gradients(params, objective, model, batches, surgery):
     """Gradients of one step: (list like params, {name: mean scalar}), the same on every rank.
 
     batches: this rank's micro-batches, a list of (tokens, draw). Each loss is averaged over all
-    micro-batches and ranks before the losses are added or, under surgery, projected.
-    """
+    micro-batches and ranks before the losses are added or, under surgery, projected."""
     device = params[0].device.type
     by_loss = {}  # {loss: its gradients}, in order of priority
     scalars = {}
@@ -186,8 +182,7 @@ def add_to(sums, values):
 def average(tensors):
     """Replace tensors by their mean over all ranks, in place.
 
-    Not DistributedDataParallel: surgery needs two averaged gradients before it adds them.
-    """
+    Not DistributedDataParallel: surgery needs two averaged gradients before it adds them."""
     if dist.is_initialized():
         flat = torch.nn.utils.parameters_to_vector(tensors)  # one message, not one per parameter
         dist.all_reduce(flat)
@@ -198,8 +193,7 @@ def average(tensors):
 def remove_conflict(first, second):
     """Gradient surgery: if <second, first> < 0, remove from `second` its part along `first`.
 
-    Both are lists over all parameters. In place; returns 1.0 if there was a conflict, else 0.0.
-    """
+    Both are lists over all parameters. In place; returns 1.0 if there was a conflict, else 0.0."""
     inner = torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
     square = torch.stack([a.square().sum() for a in first]).sum()
     share = inner.clamp(max=0) / square.clamp(min=torch.finfo(square.dtype).tiny)
@@ -415,7 +409,7 @@ class Log:
         good = self.steps - skipped
         self.bad_steps = 0 if good else self.bad_steps + self.steps
         if self.bad_steps > SKIP_LIMIT:
-            found = f"no gradient was finite in the last {self.bad_steps} steps up to {done}"
+            found = f"no finite gradient in {self.bad_steps} steps up to {done}"
             raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
         line = {"step": done} | {name: value / good for name, value in sums.items() if good}
         line |= ({"skipped": skipped} if skipped else {}) | extra
@@ -441,8 +435,7 @@ class Log:
 def start_ranks(args):
     """(rank, world size, device) of this process; under torchrun it joins the process group.
 
-    Fills in the defaults of args that depend on them.
-    """
+    Fills in the defaults of args that depend on them."""
     rank, world = 0, 1
     device = torch.device(args.device)
     backend = "gloo"
@@ -461,8 +454,8 @@ def start_ranks(args):
     if args.micro_batch is None:  # the largest divisor of this rank's rows, up to 64
         args.micro_batch = max(n for n in range(1, min(64, max(1, rows)) + 1) if rows % n == 0)
     if args.batch_size % (world * args.micro_batch):
-        found = f"--batch-size {args.batch_size} is not a multiple of {world} ranks"
-        raise SystemExit(f"{found} x --micro-batch {args.micro_batch}: change one of them")
+        unit = f"{world} ranks x --micro-batch {args.micro_batch}"
+        raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of {unit}")
     if args.compile is None:
         args.compile = args.device == "cuda"
     compilers = [os.environ.get("CXX", "g++")]
@@ -486,16 +479,14 @@ def check_ranks_agree(step, meta):
     with contextlib.suppress(RuntimeError):  # the connection to a rank that failed is closed
         dist.all_gather_object(found, (step, meta["sha256"]))
     if any(other != found[0] for other in found) or not found[0]:
-        expected = "all machines must see the same --data, --checkpoint and --out"
-        raise SystemExit(f"a rank failed to start, or has other data or another step: {expected}")
+        raise SystemExit("a rank failed to start or sees other files; all need the same folders")
 
 
 def read_resumed(args, meta, rank):
     """The newest checkpoint of args.out if args.resume and there is one, else None: a new run.
 
     Says which flags have changed since. SystemExit if args.out holds a run that is not to be
-    resumed, one on other data or one that has ended, the last with exit code 0.
-    """
+    resumed, one on other data or one that has ended, the last with exit code 0."""
     found = checkpoints(args.out)
     if not args.resume and (found or (args.out / "log.jsonl").exists()):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
@@ -517,8 +508,7 @@ def read_resumed(args, meta, rank):
 def claim_folder(args, start):
     """Make args.out this run's: lock it, describe the start, drop what the log has beyond it.
 
-    Returns the open config.jsonl, which holds the lock until it is closed.
-    """
+    Returns the open config.jsonl, which holds the lock until it is closed."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = open(args.out / "config.jsonl", "a")  # noqa: SIM115
     try:
@@ -562,8 +552,7 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
     add = parser.add_argument_group("speed and memory").add_argument
-    yes_no = argparse.BooleanOptionalAction
-    add("--compile", action=yes_no, help="torch.compile (default: on cuda)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda alone")
     add("--activation-checkpointing", action="store_true", help="recompute blocks to save memory")
 
 
@@ -573,11 +562,9 @@ def model_flags(parser):
     add("--size", choices=list(SIZES), default="base", help="network; base is the paper's 170M")
     add("--schedule", choices=["argmax", "linear"], default="argmax", help="how to draw times (36)")
     add("--schedule-blend", type=float, default=0.9, help="lambda of the argmax schedule")
-    text = "earlier positions first (38): the last's odds are exp(-LAG) the first's, up to +-8"
-    add("--position-lag", type=float, default=0.0, metavar="LAG", help=text)
+    add("--position-lag", type=float, default=0.0, help="earlier positions first (38), up to +-8")
     add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
-    text = "start from the weights and shape of this checkpoint, of either stage (default: random)"
-    add("--init", type=Path, metavar="PATH", help=text)
+    add("--init", type=Path, metavar="PATH", help="start from the network of this checkpoint")
     add = parser.add_argument_group("prompts").add_argument
     add("--context", choices=["block", "any"], help="learn after whole blocks, or any clean tokens")
     add("--block-size", type=positive, help="tokens written at once (default: all that follow)")
