@@ -339,9 +339,7 @@ def guided(z, h_c, h_0, guidance, head):
 
 
 def distillation(args, stage1=None, critic=None):
-    """The objective of stage 2. stage1: the frozen network, or None where nothing needs it.
-
-    critic: the network that --loss dmd trains beside the student."""
+    """The objective of stage 2, with the frozen stage1 if it is needed, and the critic of dmd."""
     teacher = stage1 if stage1 and args.loss != "psd" else None  # None: the student itself
     on_diagonal = functools.partial(diagonal_loss, power=args.diagonal_power)
     if args.diagonal_from == "stage1":

@@ -442,9 +442,7 @@ class DiT(nn.Module):
 
 
 class Conditional:
-    """A DiT on a block at `positions` (n,) with `keys` that `encode` gave, or None.
-
-    Everything else is the network's own."""
+    """A DiT on a block at `positions` (n,) after the context `keys`, from `encode`, or None."""
 
     def __init__(self, model, keys, positions):
         self.model = model

@@ -433,9 +433,7 @@ class Log:
 
 
 def start_ranks(args):
-    """(rank, world size, device) of this process; under torchrun it joins the process group.
-
-    Fills in the defaults of args that depend on them."""
+    """(rank, world size, device) of this process; fills in what args leave to the machine."""
     rank, world = 0, 1
     device = torch.device(args.device)
     backend = "gloo"
@@ -506,9 +504,7 @@ def read_resumed(args, meta, rank):
 
 
 def claim_folder(args, start):
-    """Make args.out this run's: lock it, describe the start, drop what the log has beyond it.
-
-    Returns the open config.jsonl, which holds the lock until it is closed."""
+    """Add this start to config.jsonl, returned open and locked, and cut the log back to it."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = open(args.out / "config.jsonl", "a")  # noqa: SIM115
     try:
