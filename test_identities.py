@@ -176,35 +176,6 @@ class Oracle:
         return clean + self.path.alpha(t)[..., None] * self.embed_noise(xi)
 
 
-class GrammarOracle(Oracle):
-    """The exact posterior of the grammar, by the forward-backward recursion over its automaton."""
-
-    def __init__(self):
-        words = prepare_data.grammar_words()
-        super().__init__(language=(torch.arange(len(words))[:, None], torch.ones(len(words))))
-        arcs = prepare_data.grammar() | {None: {words[0]: (1.0, None)}}  # after the end, padding
-        states = list(arcs)
-        self.arcs = torch.zeros(len(states), len(words), len(states), dtype=torch.float64)
-        for state, out in arcs.items():
-            for word, (share, after) in out.items():
-                self.arcs[states.index(state), words.index(word), states.index(after)] = share
-
-    def denoiser(self, x, t):
-        r = self.path.beta(t) / self.path.alpha(t) ** 2
-        evidence = (x * r[..., None]).softmax(-1).unbind(1)  # (B, V) each, up to a factor
-        steps = [torch.einsum("svz,bv->bsz", self.arcs, e) for e in evidence]
-        first, *_, last = torch.eye(len(self.arcs), dtype=x.dtype)  # the start and end states
-        ahead = [first.expand(len(x), -1)]
-        behind = [last.expand(len(x), -1)]
-        for step in steps[:-1]:
-            ahead.append(F.normalize(torch.einsum("bs,bsz->bz", ahead[-1], step), 1))
-        for step in steps[:0:-1]:
-            behind.append(F.normalize(torch.einsum("bz,bsz->bs", behind[-1], step), 1))
-        sides = zip(ahead, behind[::-1], evidence, strict=True)
-        found = [torch.einsum("bs,svz,bz,bv->bv", a, self.arcs, b, e) for a, b, e in sides]
-        return F.normalize(torch.stack(found, 1), 1, dim=-1)
-
-
 def states(path, s):
     """x_s drawn from the interpolant, (n, L, V), for times s (n, 1 or L)."""
     tokens = draw_rows(SEQUENCES, WEIGHTS, len(s))
@@ -348,23 +319,6 @@ def test_teacher_returns_the_truth(path, form, lag, times):
         assert gradient(divergence, z + 0.3 * torch.arange(V)).abs().max() > 0.01
 
 
-def test_lagrangian_logit_form_loses_settled_mass():
-    """psi_tt / psi_st in (29) vanishes for a token that t rules out: the target loses its mass."""
-    oracle = Oracle()
-    jump = distill.Jump.between(oracle, column(0.0), column(0.3), column(0.8))
-    x = normals(1, L, V)
-    z, divergence = teach(oracle, oracle, "lsd logit", x, jump)
-    psi_tt = oracle.denoiser(oracle.flow(x, jump.s, jump.t), jump.t).flatten(0, 1)
-    lost = psi_tt < distill.CLAMP * z.softmax(-1)
-    report, missed = divergence.function(z, *divergence.by_row, *divergence.shared)  # psi - q
-    assert 0 < report["clamped"].max() < 1
-    assert missed.abs().max() > 1e-3
-    assert (missed[lost] > -1e-6).all()
-    assert missed[lost].sum() == pytest.approx(-float(missed[~lost].sum()), abs=1e-6)
-    _, divergence = teach(oracle, oracle, "lsd signed", x, jump)
-    assert gradient(divergence, z).abs().max() < 1e-6
-
-
 # ------------------------------------------------------------------------------------------------
 # The sampler and the likelihood bound, on the oracle.
 
@@ -442,16 +396,6 @@ def test_bound_of_the_exact_denoiser(case, monkeypatch):
     expected = -float(WEIGHTS @ weights.log())
     assert 0.99 * expected < mean.min() < 1.01 * expected  # an estimate
     assert case == "embedded" or np.abs(bound[-1] + weights.log().numpy()).max() < 0.03
-
-
-def test_bound_of_the_grammar():
-    """With the grammar's exact posterior, the bound is -log p of the rows within 1%."""
-    oracle = GrammarOracle()
-    oracle.times = lambda tau: tau * 0.9
-    rows = prepare_data.grammar_rows(128, 0)
-    source = -np.mean([prepare_data.grammar_log_prob(row) for row in rows])
-    _, bound = likelihood_bound(oracle, rows, 0, 128)
-    assert bound.mean(1).min() == pytest.approx(source, rel=0.01)
 
 
 def small_model(vocab=40, **config):
@@ -855,13 +799,8 @@ def test_position_lag(schedule):
     assert torch.equal(block.times(tau), model.times(tau, 2))
 
 
-def test_sizes():
-    """The base model has the paper's 170M parameters. Chunks cover all rows, 2^23 logits each."""
-    config = ModelConfig(50257, 1024, **net.SIZES["base"])
-    with torch.device("meta"):
-        block = sum(p.numel() for p in net.Block(config).parameters())
-    total = block * config.layers + 2 * config.vocab_size * config.width  # and the time's part
-    assert round(total / 1e6) == 169
+def test_chunks():
+    """Chunks cover all rows, 2^23 logits each."""
     for rows, vocab in ((1, 50257), (1000, 27), (65536, 50257)):
         found = CHUNKS(rows, vocab, torch.device("cpu"))
         assert [i for part in found for i in range(rows)[part]] == list(range(rows))
@@ -954,13 +893,6 @@ def test_losses_stay_in_float32(kind):
         assert all(torch.equal(*pair) for pair in pairs)
 
 
-def test_a_failed_factor_is_not_used():
-    """Where W^T W has no Cholesky factor the noise is NaN, so that the step is skipped."""
-    model = small_model(40)
-    model.embedding.data.fill_(torch.inf)
-    assert model.noise_factor().isnan().all()
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("per_position", [False, True])
 @pytest.mark.parametrize("context", [0, 2])
@@ -1000,25 +932,8 @@ def test_embedded_noise(vocab):
     assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-3)
     W.data[:, 0] = W.data[:, 1]
     assert model.noise_factor().isfinite().all()
-
-
-@pytest.mark.parametrize("vocab", [40, 10])
-@pytest.mark.parametrize("surgery", [False, True])
-def test_gradients_of_micro_batches(vocab, surgery, monkeypatch):
-    """They are those of the mean loss, through the noise as well."""
-    model = small_model(vocab)
-    params = list(model.parameters())
-    monkeypatch.setattr(train_diagonal, "remove_conflict", lambda a, b: torch.zeros(()))
-    batches = [(torch.randint(vocab, (2, 5)), normals(2, 5, model.noise_size)) for _ in range(3)]
-
-    def objective(model, tokens, xi):
-        t = torch.full((2, 1), 0.3, dtype=torch.float64)
-        y, again = (model.interpolate(xi, tokens, t) for _ in range(2))
-        return {"first": y.sin().mean(), "second": (again * model(again, t, t)).mean()}, {}
-
-    plain = grads_of(sum(sum(objective(model, *b)[0].values()) for b in batches) / 3, model)
-    grads, _ = train_diagonal.gradients(params, objective, model, batches, surgery)
-    assert same(grads, plain, atol=1e-12)
+    W.data.fill_(torch.inf)  # a matrix without a Cholesky factor: the step is skipped
+    assert vocab <= 32 or model.noise_factor().isnan().all()
 
 
 def test_draw():
@@ -1228,47 +1143,3 @@ def test_guidance():
     y = model.path.flow_map(y, guided(y, s, t) @ model.embedding, s, t)
     expected = guided(y, t, end).argmax(-1)
     assert torch.equal(sampled(given, xi, 2, guidance=1.8), expected)
-
-
-# ------------------------------------------------------------------------------------------------
-# Extensions, each in one place (a new path is QUADRATIC, above).
-
-
-def test_a_new_loss(monkeypatch):
-    """One entry of TEACHERS serves: --loss knows it, and the objective learns it."""
-
-    def stay(model, teacher, y, jump, args):
-        """For a map that stays where it is: psi_st = psi_ss."""
-        h_ss = teacher(y, jump.s, jump.s).flatten(0, 1).detach()
-        head = net.in_autocast_dtype(teacher.head)
-        return model(y, jump.s, jump.t), RowLoss(distill.from_teacher, (h_ss,), (head,))
-
-    monkeypatch.setitem(distill.TEACHERS, "stay", stay)
-    model, teacher = copy.deepcopy(learned_diagonal()), copy.deepcopy(learned_diagonal())
-    torch.nn.init.normal_(teacher.head)
-    objective = distill.distillation(flags("stay"), teacher)
-    learn(model, objective, 60, 3e-3)
-    batch = PAIRS.repeat(80, 1), Draw(7, 0, np.arange(240), "cpu")
-    before, after = (objective(m, *batch)[1] for m in (learned_diagonal(), model))
-    assert after["consistency_kl"] < before["consistency_kl"] / 2
-
-
-class Mixer(torch.nn.Module):
-    """A block without attention."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.across = torch.nn.Linear(config.seq_len, config.seq_len)
-        self.modulation = torch.nn.Linear(config.time_width, config.width)
-
-    def forward(self, h, time, rotary=None, past=None):
-        return h + self.across((h * self.modulation(time)).tanh().mT).mT, None
-
-
-def test_a_new_network(monkeypatch):
-    """One class instead of Block serves, its tangent included; a step of ESD has gradients."""
-    monkeypatch.setattr("model.Block", Mixer)
-    test_forward_mode_derivative("linear", False, 0)
-    model, tokens, draw = small_case(8)
-    grads = grads_of(loss_of("esd", model, tokens, draw()), model)
-    assert all(grad.isfinite().all() for grad in grads)
