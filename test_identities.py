@@ -190,7 +190,6 @@ def states(path, s):
 def test_coefficients(name):
     """Each coefficient of (23, 24, 25, 50, 52) from alpha, beta and r; the linear path's forms."""
     p = INTERPOLANTS[name]
-    ends = column(0.0, 1.0)
     x, psi = normals(2, 6, 1, V)
     s, u, t = (time[..., None] for time in (S, U, T))
 
@@ -205,8 +204,6 @@ def test_coefficients(name):
     lam = slope(p.beta, U) - p.beta(U) * ell
     xi = p.beta(T) - p.alpha(T) / p.alpha(S) * p.beta(S)
     cases = [
-        (p.alpha(ends), 1 - ends),
-        (p.beta(ends), ends),
         (p.d_alpha(U), slope(p.alpha, U)),
         (p.d_beta(U), slope(p.beta, U)),
         (p.Delta(S, T), p.alpha(S) * p.beta(T) - p.alpha(T) * p.beta(S)),
@@ -702,7 +699,7 @@ def learn(model, objective, steps, lr, surgery=False, critic=None):
 def learned_diagonal():
     torch.manual_seed(0)
     model = DiT(ModelConfig(3, 2, 2, 64, 2))
-    learn(model, functools.partial(train_diagonal.diagonal_loss, power=0.0), 400, 3e-3)
+    learn(model, functools.partial(train_diagonal.diagonal_loss, power=0.0), 250, 3e-3)
     return model
 
 
@@ -720,7 +717,7 @@ def errors(model, euler=False):
     return kl, (shares(sampled(model, xi, 1, euler), PAIRS) - SHARES).abs().max()
 
 
-@pytest.mark.parametrize("case", [("psd", 300, 3e-3), ("lsd", 350, 3e-3), ("esd", 400, 5e-4)])
+@pytest.mark.parametrize("case", [("psd", 200, 3e-3), ("lsd", 175, 3e-3), ("esd", 200, 5e-4)])
 def test_learning_reaches_the_truth(case):
     """Each loss halves the diagonal's KL to the true psi_st; one step is within 0.1 of it."""
     loss, steps, lr = case

@@ -5,11 +5,9 @@ tiktoken_cache/, bert-base-uncased/vocab.txt). Without that variable they are sk
 """
 
 import argparse
-import copy
 import fcntl
 import functools
 import gzip
-import importlib
 import io
 import itertools
 import json
@@ -252,12 +250,9 @@ def test_gpu_dry_run(tmp_path, monkeypatch):
 def test_the_whole_road(work, loss):
     """Prepare, train, distil, sample, evaluate: each reads by default what the last one wrote."""
     meta = read_meta(work / "data/grammar")
-    size = (work / "data/grammar/train.bin").stat().st_size
-    assert size == 2 * 50_000 * meta["seq_len"] == 2 * meta["train_rows"] * meta["seq_len"]
     lines = log_lines(work / "runs/grammar-diagonal")
     first, _, last = (line["val_diagonal_ce"] for line in lines if "val_diagonal_ce" in line)
-    assert last < first < math.log(52) + 0.1
-    assert last < 2.6
+    assert last < min(first, 2.6)
     run(work, f"distill.py --data data/grammar --loss {loss} --steps 2 {RUN}")
     out = work / f"runs/grammar-{loss}"
     line = log_lines(out)[-1]
@@ -279,7 +274,6 @@ def test_the_whole_road(work, loss):
     model, saved, _ = sample.load_sampler(out, "cpu")
     assert same(dict(model.state_dict()), saved["ema"])  # the averaged weights
     rows = sample.draw_samples(model, 3, 2, 64, 0, euler=False)
-    assert rows.shape == (2, meta["seq_len"])
     assert texts == [decode(meta, row) for row in rows]
 
     words = f"evaluate.py --checkpoint runs/grammar-diagonal {out}/checkpoint-2.pt --nfe 1 2"
@@ -751,26 +745,6 @@ def test_a_full_disk(work, tmp_path):
     assert "validation rows" in done[2].stdout
 
 
-def test_standard_output():
-    """Work goes on without a reader, as with `| head`; a full disk is named; ASCII is enough."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as pipe, redirect_stdout(pipe):
-        prepare_data.say("1")
-        prepare_data.say("2")
-    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as out:
-        prepare_data.say("1–2")
-    assert out.buffer.getvalue() == b"1?2\n"
-    if Path("/dev/full").exists():
-        with (
-            open("/dev/full", "w") as full,
-            redirect_stdout(full),
-            pytest.raises(SystemExit) as end,
-        ):
-            prepare_data.say("1")
-        assert "No space left" in str(end.value)
-
-
 # ------------------------------------------------------------------------------------------------
 # Preparing text.
 
@@ -810,7 +784,7 @@ def test_formats(tmp_path, kind):
 
 
 def test_splits(tmp_path):
-    """The last 5% of the rows are held out, or the last documents; --force makes it again."""
+    """The last 5% of the rows are held out, or the last documents; text8 is cut 90, 5 and 5%."""
     text = "\n".join(f"Document {i}: the quick brown fox" for i in range(60))
     (tmp_path / "a.txt").write_text(text)
     words = "prepare_data.py file --tokenizer char --seq-len 32 --documents line --source a.txt"
@@ -819,25 +793,21 @@ def test_splits(tmp_path):
     rows = [read_rows(tmp_path / "data/file", split, meta) for split in ("train", "val")]
     assert "".join(decode(meta, row) for row in np.concatenate(rows)) == text[: -(len(text) % 32)]
     assert meta["val_rows"] == sum(map(len, rows)) // 20
-    (tmp_path / "a.txt").write_text("ab\ncd\nef\ngh\n")
+    text = "\n\nab\ncd\n\n\n\n\nef\ngh\n"
+    (tmp_path / "a.txt").write_text(text, newline="\r\n")
     assert "--force" in run(tmp_path, words).stdout
     assert read_meta(tmp_path / "data/file") == meta
     assert prepared(tmp_path, "a.txt --documents line --val-documents 2")[1] == "ef\ng"
-    assert prepared(tmp_path, "a.txt --documents line --limit 2")[1] == "ab\nc"
+    assert prepared(tmp_path, "a.txt --documents paragraph --limit 2")[1] == "ab\ncd\n\nef\ngh"
     _, val = prepare_data.hold_out(iter("abcde"), 2)  # word pieces: nobody reads the others
     assert list(val) == ["d", "e"]
-
-
-def test_text8_split(tmp_path):
-    """text8 as one file of 27 characters: 90, 5 and 5%, rows of 256 without a frame."""
-    text = "".join(chr(97 + i * i % 26) if i % 7 else " " for i in range(60_000)).strip()
-    (tmp_path / "text8.txt").write_text(text)
-    run(tmp_path, "prepare_data.py text8 --source text8.txt")
+    text = "abcdefghij" * 6000
+    (tmp_path / "a.txt").write_text(text)
+    run(tmp_path, "prepare_data.py text8 --source a.txt")
     meta = read_meta(tmp_path / "data/text8")
-    train = len(text) * 90 // 100
-    assert (meta["train_rows"], meta["val_rows"]) == (train // 256, 3000 // 256)
+    assert (meta["train_rows"], meta["val_rows"]) == (54_000 // 256, 3000 // 256)
     first, *_ = read_rows(tmp_path / "data/text8", "val", meta)
-    assert decode(meta, first) == text[train:][:256]
+    assert decode(meta, first) == text[54_000:][:256]
 
 
 def test_prepare_data_killed(tmp_path):
@@ -861,14 +831,6 @@ def test_prepare_data_killed(tmp_path):
     for name in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     assert not partial.exists()
-
-
-def test_paragraphs(tmp_path):
-    """Paragraphs end at a blank line; the second of two blank lines opens the next one."""
-    text = "\n\na\nb\n\n\n\n\nc\n\n\nd\n"
-    (tmp_path / "a.txt").write_text(text, newline="\r\n")
-    found = prepared(tmp_path, "a.txt --documents paragraph")[1]
-    assert found == "\n".join(part for part in text.split("\n\n") if part)[:10]
 
 
 def test_json_lines_as_people_have_them(tmp_path):
@@ -924,17 +886,14 @@ def test_real_text_gpt2(tmp_path, monkeypatch):
 CLEANED = {  # pieces -> text, as transformers 4 decodes them
     'the arrest , " he said .': 'the arrest, " he said.',
     "it ' s john ' s": "it's john's",
-    "do n't , they 've": "don't, they've",
     "who ? me !": "who? me!",
     "rock ' n ' roll": "rock'n'roll",
     "the boys ' . end": "the boys '. end",
     "3 . 5 % , 1 , 000": "3. 5 %, 1, 000",
-    "wait . . . what": "wait... what",
     "a - b ; c : d ( e )": "a - b ; c : d ( e )",
     "un ##aff ##able , yes": "unaffable, yes",
     "[CLS] ' s [SEP] , .": "[CLS]'s [SEP],.",
     "can ' t . ' no '": "can't.'no '",
-    ". start": ". start",
 }
 
 
@@ -945,23 +904,6 @@ def test_bert_text_is_joined_as_people_write_it(pieces):
     meta = dict(tokenizer="bert", vocab=vocab, join=" ", pad_id=0)
     ids = range(1, len(vocab))
     assert decode(meta, [*ids, 0, 0]) == CLEANED[pieces]
-
-
-def test_bert_text_keeps_its_case(tmp_path):
-    """Cased vocabularies: encoding inverts decoding; without their setting they are refused."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", "the", "Cat", "cat", "."]
-    words += [f"##{i}" for i in range(1000)]  # a BERT vocabulary has over 1,000
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    (tmp_path / "t.txt").write_text("The cat . the Cat . " * 20)
-    words = "prepare_data.py file --source t.txt --tokenizer bert --bert . --seq-len 8 --workers 1"
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-    assert "do_lower_case" in run(tmp_path, words, ok=False).stderr
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    run(tmp_path, words)
-    meta = read_meta(tmp_path / "data/file")
-    row = read_rows(tmp_path / "data/file", "train", meta)[0]
-    assert decode(meta, row) == "[CLS] The cat. the Cat. [SEP]"
-    assert encoder(meta)(decode(meta, row)) == row.tolist()
 
 
 @needs_data
@@ -1060,10 +1002,8 @@ def test_a_model_of_blocks_writes_blocks(conditional):
         expected = sample.choose(model.head, hidden)
         assert torch.equal(rows[:, places], expected)
         keys = model.encode(expected)
-    flags = "--checkpoint runs/block --nfe 2 --num-samples 3"
-    out = run(conditional, f"sample.py {flags}").stdout.splitlines()
-    assert out[-3:] == [decode(saved["meta"], row) for row in rows]
-    assert evaluated(conditional, flags)[0]["results"][-1]["nfe"] == 2
+    out = run(conditional, "sample.py --checkpoint runs/block --nfe 2 --num-samples 3").stdout
+    assert out.splitlines()[-3:] == [decode(saved["meta"], row) for row in rows]
 
 
 def test_a_long_text_leaves_out_the_place_of_eos(monkeypatch):
@@ -1132,8 +1072,8 @@ def test_judge_scores(judge):
 
 def test_entropies():
     """-sum p log p in nats of each row's own tokens, for rows of any length."""
-    rows = [np.array(r, np.int64) for r in ([1, 1, 2, 2], [3] * 4, [5, 6, 7, 5, 50256], [9], [])]
-    expected = [math.log(2), 0, 0.4 * math.log(5 / 2) + 0.6 * math.log(5), 0, 0]
+    rows = [np.array(row, np.int64) for row in ([1, 1, 2, 2], [5, 6, 7, 5, 50256], [9], [])]
+    expected = [math.log(2), 0.4 * math.log(5 / 2) + 0.6 * math.log(5), 0, 0]
     assert np.abs(evaluate.entropies(rows) - expected).max() < 1e-9
 
 
@@ -1152,7 +1092,6 @@ def test_diversity():
     ours = evaluate.diversity(rows, np.unique(evaluate.ngrams(train)))
     expected = {"distinct_4": len(set(every)) / len(every), "copied_4": copied}
     assert {key: ours[key] for key in expected} == pytest.approx(expected)
-    assert set(evaluate.diversity([np.array([1])], train[0]).values()) == {None}
 
 
 def test_controls():
@@ -1167,9 +1106,7 @@ def test_controls():
     controls = evaluate.control_rows(meta, rows, rows[:200], 100, 0)
     real, shuffled, unigram = map(np.array, controls.values())
     assert {tuple(row) for row in real} <= {tuple(row) for row in rows[:200].tolist()}
-    for control in (real, shuffled, unigram):
-        assert control.shape == (100, 12)
-        assert (control[:, [0, -1]] == [2, 3]).all()
+    assert all((control[:, [0, -1]] == [2, 3]).all() for control in (real, shuffled, unigram))
     for a, b in zip(real, shuffled, strict=True):
         assert sorted(decode(meta, a).split()) == sorted(decode(meta, b).split())
     assert (real != shuffled).any(1).sum() > 60
@@ -1241,16 +1178,13 @@ def test_bound_by_data_set(letters):
     words = "prepare_data.py file --source t.txt --tokenizer char --seq-len 32 --val-only"
     run(letters, f"{words} --out data/v")
     metas = [read_meta(letters / "data" / name) for name in "tv"]
-    assert metas[1]["train_rows"] == 0
     assert metas[1]["val_rows"] == metas[0]["train_rows"] + metas[0]["val_rows"]
     flags = "--checkpoint runs/t-diagonal --bound 4"
     found, _ = evaluated(letters, f"{flags} --data data/t data/v")
     assert found["results"] == []
     assert [(row["data"], row["rows"]) for row in found["bound"]] == [("t", 4), ("v", 4)]
-    run(letters, f"evaluate.py {flags}")
-    alone = json.loads((letters / "runs/t-diagonal/bound.json").read_text())
-    assert alone["bound"] == found["bound"][:1]
     assert list(found["data"].values()) == [meta["sha256"] for meta in metas]
+    assert evaluated(letters, flags)[0]["bound"] == found["bound"][:1]
 
 
 def test_training_from_weights(letters, tmp_path):
@@ -1307,10 +1241,6 @@ def test_evaluate_sentences(work):
     found, _ = evaluated(work, "--samples lines.txt --data data/grammar")
     real, _, _, row = found["results"]
     assert (real["grammatical"], row["grammatical"], row["distinct"]) == (1, 0.4, 0.5)
-    meta = read_meta(work / "data/grammar")
-    rows = evaluate.to_ids(evaluate.read_samples(work / "lines.txt"), meta)
-    assert [decode(meta, row) for row in rows][::3] == [good, good]
-    assert {len(row) for row in rows[:-1]} == {meta["seq_len"]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1318,13 +1248,13 @@ def test_evaluate_sentences(work):
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 MISTAKES = [  # the command line, and what its refusal names
-    ("prepare_data.py file", "--source"),
     ("prepare_data.py file --source absent.txt", "absent.txt"),
     ("prepare_data.py file --source latin.txt --tokenizer char", "latin.txt"),
     ("prepare_data.py file --source lines.jsonl --tokenizer char", "--column"),
     ("prepare_data.py file --source short.txt --out grammar", "--force"),
     ("prepare_data.py grammar --out trained --force", "trained"),
     ("prepare_data.py grammar --out locked", "another process"),
+    ("prepare_data.py file --source short.txt --tokenizer bert --bert bert", "do_lower_case"),
     ("train_diagonal.py", "python prepare_data.py owt"),
     ("train_diagonal.py --data broken", "meta.json"),
     (f"train_diagonal.py --data grammar --device {ABSENT_DEVICE}", ABSENT_DEVICE),
@@ -1333,14 +1263,12 @@ MISTAKES = [  # the command line, and what its refusal names
     ("train_diagonal.py --data grammar --out trained", "--resume"),
     ("train_diagonal.py --data grammar --out begun", "--resume"),
     ("train_diagonal.py --data grammar --out nowhere --resume", "nowhere"),
-    ("train_diagonal.py --data grammar --out evil --resume", "evil"),
     ("train_diagonal.py --data changed --out trained --resume", "sha256"),
     ("distill.py --data grammar --loss psd", "runs/grammar-diagonal"),
     ("distill.py --data grammar --loss esd --checkpoint guided", "map"),
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
     ("distill.py --data grammar --loss dmd --checkpoint trained --joint", "--joint"),
-    ("distill.py --data grammar --loss psd --checkpoint trained --form signed", "--form"),
     ("distill.py --data grammar --loss lsd --checkpoint trained --micro-batch 1", "--micro-batch"),
     ("sample.py --checkpoint trained --output nowhere/x.jsonl", "nowhere/x.jsonl"),
     ("sample.py --checkpoint evil", "evil"),
@@ -1369,12 +1297,14 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "changed/meta.json").write_text(json.dumps(meta | {"sha256": {}}))
     (folder / "broken/meta.json").write_text("{")
     os.truncate(folder / "cut/train.bin", 1001)
-    for name in ("begun", "data", "evil", "locked.partial"):
+    for name in ("begun", "bert", "data", "evil", "locked.partial"):
         (folder / name).mkdir()
     (folder / "begun/log.jsonl").touch()  # of a run before its first checkpoint
     reduced = (os.mkdir, (str(folder / "pwned"),))  # what unpickling would call
     evil = type("Evil", (), {"__reduce__": lambda self: reduced})()
     torch.save(newest(folder / "trained") | {"evil": evil}, folder / "evil/checkpoint-9.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Cased", *map(str, range(1000))]
+    (folder / "bert/vocab.txt").write_text("\n".join(words))
     (folder / "blank.txt").write_text("\n\n")
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
@@ -1489,21 +1419,6 @@ def test_every_script_explains_itself(tmp_path, script):
     text = run(tmp_path, f"{script} --help").stdout
     assert text.startswith("usage:")
     assert text.count("\n  -") > 2
-
-
-def test_precision(work, monkeypatch):
-    """In bfloat16 gradients are those of float32 to a few per cent, for each loss at all times."""
-    monkeypatch.syspath_prepend(HERE / "benchmarks")
-    precision = importlib.import_module("precision")
-    stage1, saved = load_model(work / "runs/grammar-diagonal")
-    model = copy.deepcopy(stage1).requires_grad_(True)
-    model.head.data.mul_(0.8)  # or dmd has nothing to match
-    model.embedding.requires_grad_(False)
-    rows = read_rows(work / "data/grammar", "val", saved["meta"])[:64]
-    bounds = {"diagonal": 0.012, "psd": 0.1, "lsd": 0.0125, "esd": 0.08, "dmd": 0.02}
-    for row in precision.errors(model, stage1, torch.from_numpy(rows.astype(np.int64))):
-        bound = bounds[row.pop("loss")]
-        assert all(error < bound for error in row.values()), (bound, row)
 
 
 def test_sampling_in_bfloat16_keeps_its_times(work):
