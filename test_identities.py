@@ -21,20 +21,11 @@ import model as net
 import prepare_data
 import train_diagonal
 from evaluate import likelihood_bound
-from model import (
-    INTERPOLANTS,
-    Conditional,
-    DiT,
-    Draw,
-    ModelConfig,
-    RowLoss,
-    head_loss,
-    schedule_table,
-)
+from model import Conditional, DiT, Draw, ModelConfig, RowLoss, head_loss, schedule_table
 from sample import choose, continue_text, generate, renoise, uniforms
 
 torch.set_num_threads(1)  # small tensors; the other cores have tests of their own
-PATHS = [*INTERPOLANTS, "quadratic"]
+PATHS = [*net.INTERPOLANTS, "quadratic"]
 LAGS = [0.0, 1.5]  # one time for all positions, or one for each (38)
 CHUNKS = net.chunks
 V, L = 5, 3
@@ -55,7 +46,7 @@ SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 @pytest.fixture(autouse=True)
 def patched(monkeypatch):
     """The new path, and more than one chunk in loops over chunks, however small the tensor."""
-    monkeypatch.setitem(INTERPOLANTS, "quadratic", QUADRATIC)
+    monkeypatch.setitem(net.INTERPOLANTS, "quadratic", QUADRATIC)
     monkeypatch.setattr(
         net, "chunks", lambda n, *_: [slice(i, i + n // 3 + 1) for i in range(0, n, n // 3 + 1)]
     )
@@ -104,7 +95,7 @@ class Oracle:
     """
 
     def __init__(self, path="linear", lag=0.0, steps=80, language=(SEQUENCES, WEIGHTS), W=None):
-        self.path = INTERPOLANTS[path]
+        self.path = net.INTERPOLANTS[path]
         self.lag = lag
         self.steps = steps
         self.one_hot = F.one_hot(language[0]).double()  # (K, L, V)
@@ -189,7 +180,7 @@ def states(path, s):
 @pytest.mark.parametrize("name", PATHS)
 def test_coefficients(name):
     """Each coefficient of (23, 24, 25, 50, 52) from alpha, beta and r; the linear path's forms."""
-    p = INTERPOLANTS[name]
+    p = net.INTERPOLANTS[name]
     x, psi = normals(2, 6, 1, V)
     s, u, t = (time[..., None] for time in (S, U, T))
 
@@ -932,6 +923,8 @@ def test_draw():
     mask = index // 3 == 2
     for draw in (Draw(3, 7, index[mask], "cpu"), Draw(3, 7, index, "cpu").part(mask)):
         assert same(numbers(draw), [x[mask] if x.ndim else x for x in whole], rtol=0, atol=0)
+    later = Draw(3, 7, index, "cpu", calls=3).part(mask)  # as when contexts were drawn before
+    assert torch.equal(later.normal(4, 5), whole[3][mask])
     for seed, step in ((3, 8), (4, 7)):
         others = numbers(Draw(seed, step, index, "cpu"))
         assert not any(torch.equal(a, b) for a, b in zip(whole, others, strict=True))

@@ -44,17 +44,7 @@ import prepare_data
 import sample
 import test_identities
 import train_diagonal
-from model import (
-    SIZES,
-    Conditional,
-    DiT,
-    Draw,
-    ModelConfig,
-    load_model,
-    read_checkpoint,
-    save_checkpoint,
-    schedule_table,
-)
+from model import SIZES, Conditional, DiT, Draw, ModelConfig, load_model, read_checkpoint
 from prepare_data import decode, encoder, read_meta, read_rows
 
 HERE = Path(__file__).parent
@@ -488,7 +478,7 @@ def test_a_step_is_cheap(words, monkeypatch):
     At the paper's size none makes a tensor larger than the activations (B, L, 4 D). One of size V,
     (B, L, V), would be 16 times as large. Two layers, as all have the same sizes.
     """
-    knots = {V: schedule_table("linear", V, 0.0) for V in (300, 50257)}
+    knots = {V: model_file.schedule_table("linear", V, 0.0) for V in (300, 50257)}
     monkeypatch.setattr("model.schedule_table", lambda kind, V, blend: knots[V])
     # The meta device has neither autocast nor random numbers.
     monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
@@ -654,7 +644,7 @@ def test_a_kill_during_a_write(tmp_path):
     content = {"model": weights, "ema": weights, "model_config": {}, "optimizer": {}, "meta": {}}
 
     def save(step):
-        save_checkpoint(tmp_path, {**content, "args": {}, "step": step}, keep=2)
+        model_file.save_checkpoint(tmp_path, {**content, "args": {}, "step": step}, keep=2)
 
     def die_at_byte(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
