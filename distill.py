@@ -425,30 +425,27 @@ def set_defaults(args):
 
 def refuse_contradictions(args):
     """SystemExit for flags with which the run would silently be something else."""
-    dmd = args.loss == "dmd"
-    square = args.divergence == "square"
-    guided = args.guidance != 1
-    rows = args.micro_batch
-    diagonal = rows * args.diagonal_share
-    to_data = (rows - diagonal) * args.psd_share
+    identity = args.loss in ("lsd", "esd")
+    is_kl = args.divergence == "kl"
+    plain = args.guidance == 1
+    from_data = args.diagonal_from == "data"
+    guidable = args.loss == "psd" and args.context and args.context_dropout and not from_data
+    diagonal = args.micro_batch * args.diagonal_share
+    to_data = (args.micro_batch - diagonal) * args.psd_share
     whole = all(abs(n - round(n)) < 1e-6 for n in (diagonal, to_data))
-    for text, wrong in {
-        "--form signed needs --loss lsd or esd, without --divergence square": args.form == "signed"
-        and (args.loss in ("psd", "dmd") or square),
-        "--loss dmd excludes --joint, --guidance and --divergence square": dmd
-        and (args.joint or guided or square),
-        "--joint excludes --guidance and --diagonal-from stage1": args.joint
-        and (guided or args.diagonal_from == "stage1"),
-        "--guidance needs --loss psd, --diagonal-from stage1, and a stage 1 with --context and "
-        "--context-dropout": guided
-        and not (args.loss == "psd" and args.diagonal_from == "stage1" and args.context_dropout),
-        "--psd-share goes with --loss lsd or esd": args.psd_share and args.loss in ("psd", "dmd"),
-        f"--diagonal-share and --psd-share make {diagonal:g} and {to_data:g} of {rows} rows: both "
-        "must be whole, and leave others; change them or --micro-batch": not whole
-        or 1 in (args.diagonal_share, args.psd_share)
-        or not (dmd or diagonal),
+    others = max(args.diagonal_share, args.psd_share) < 1 and (diagonal or args.loss == "dmd")
+    rows = f"--micro-batch {args.micro_batch} has {diagonal:g} diagonal and {to_data:g} --psd-share"
+    for text, fine in {
+        "--form signed needs lsd or esd, and KL": args.form == "logit" or (identity and is_kl),
+        "--loss dmd needs KL": args.loss != "dmd" or is_kl,
+        "--joint excludes dmd, --guidance and --diagonal-from stage1": not args.joint
+        or (args.loss != "dmd" and plain and from_data),
+        "--guidance needs --loss psd, --diagonal-from stage1 and a stage 1 with --context and its "
+        "dropout": plain or guidable,
+        "--psd-share needs --loss lsd or esd": identity or not args.psd_share,
+        f"{rows} rows: give whole numbers, and leave others": whole and others,
     }.items():
-        if wrong:
+        if not fine:
             raise SystemExit(text)
 
 

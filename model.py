@@ -648,7 +648,8 @@ def atomic_write(path, mode="w"):
         os.fsync(folder)  # the new name is on disk before anyone deletes an older file
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into RuntimeError
-        raise SystemExit(f"cannot write {path} ({error}): make room, or write elsewhere") from None
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"cannot write {path} ({reason}): make room, or write elsewhere") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -680,7 +681,8 @@ def read_checkpoint(path):
         return torch.load(found[0], map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
         older = f"delete it to go on from {found[1]}" if len(found) > 1 else "name another"
-        raise SystemExit(f"{found[0]} cannot be read ({error}): {older}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise SystemExit(f"{found[0]} cannot be read ({reason}): {older}") from None
 
 
 def load_model(source, device="cpu", **changes):

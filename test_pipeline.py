@@ -405,7 +405,7 @@ def test_bad_steps(work, tmp_path, monkeypatch):
     names = {path.name for path in (tmp_path / "pairs").iterdir()}
     assert names == {"checkpoint-4.pt", "checkpoint-6.pt", "config.jsonl", "log.jsonl"}
     done = train_spoilt(range(3, 14), "ended", "--steps 16 --save-every 2", ok=False)
-    assert "loss_diagonal is not finite at step 14" in one_line(done)
+    assert "no finite gradient in 11 steps up to 14" in one_line(done)
     assert newest(tmp_path / "ended")["step"] == 12
 
 
@@ -678,9 +678,6 @@ def test_a_kill_during_a_write(tmp_path):
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {f"checkpoint-{k}.pt" for k in (step - 1, step)}
     assert kills >= 20 + 3
-    content["ema"] = {"w": torch.tensor([1.0, math.nan])}
-    with pytest.raises(SystemExit, match="not finite"):
-        save(99)
 
 
 def test_a_full_disk(work, tmp_path):
@@ -689,7 +686,7 @@ def test_a_full_disk(work, tmp_path):
     train(work, out, "--steps 2", "psd")
     with small_files(5_000_000):
         done = train(work, out, "--steps 4 --resume", "psd", ok=False)
-    assert re.search(r"cannot write \S+checkpoint-4\.pt: .*make room", one_line(done))
+    assert re.search(r"cannot write \S+checkpoint-4\.pt .*make room", one_line(done))
     assert newest(out)["step"] == 2
     assert not list(out.glob("*.tmp"))
     train(work, out, "--steps 4 --resume", "psd")
@@ -812,7 +809,7 @@ def test_splits_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda **where: asked.append(where) or splits)
     text = prepared(tmp_path, "owner/name --config small")[1]
     assert asked == [{"path": "owner/name", "name": "small"}]
-    assert text == "\n".join(["ab" * 8] * 3)[:-2] + "cd" * 8  # the last half row is dropped
+    assert text == "\n".join(["ab" * 8] * 3) + "cd" * 8
     monkeypatch.setitem(prepare_data.SOURCES["owt"], "val_documents", 2)
     del splits["validation"], splits["test"]
     run(tmp_path, "prepare_data.py owt --tokenizer char --seq-len 2")
@@ -954,15 +951,12 @@ def test_a_model_of_blocks_writes_blocks(conditional):
 
 def test_a_long_text_leaves_out_the_place_of_eos(monkeypatch):
     """Framed rows end with EOS at position L - 1, so the window of a text beyond L has L - 1."""
-    seen = {}
-    monkeypatch.setattr(sample, "continue_text", lambda *inputs, **how: seen.update(how))
     monkeypatch.setattr(sample, "encoder", lambda meta: lambda text: [5, 6])
-    args = SimpleNamespace(prompt="a b", length=40, block_size=4, guidance=1.0)
+    args = SimpleNamespace(prompt="a b", length=40, block_size=4, guidance=1.0, checkpoint="")
     for bos, context, window in ((None, "any", 16), (0, "any", 15), (None, "block", 16)):
         trained = {"context": context, "block_size": 2}
-        write = sample.prompt_writer(args, {"seq_len": 16, "bos_id": bos}, trained)
-        write(SimpleNamespace(head=torch.zeros(1)), 2, None)
-        assert seen["window"] == window
+        found = sample.prompt_options(args, {"seq_len": 16, "bos_id": bos}, trained)
+        assert found["window"] == window
 
 
 @pytest.fixture(scope="session")

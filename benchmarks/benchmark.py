@@ -81,7 +81,7 @@ def next_token(model, tokens, draw):
     one = torch.ones(len(tokens), 1, device=tokens.device)
     time = model.embed_times(one, one)
     h = F.embedding(tokens, model.embedding)
-    _, rotary = model.no_context(h)
+    rotary = model.cos[: tokens.shape[1]], model.sin[: tokens.shape[1]]
     for block in model.blocks:
         h, _ = model.call(block.forward, h, time, rotary, None, True)
     shift, scale = model.final_modulation(time).chunk(2, -1)
