@@ -21,6 +21,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -588,29 +589,28 @@ def test_kills_and_signals_lose_nothing(work, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found in /proc")
 def test_two_ranks_end_together(work, tmp_path):
-    """A killed rank ends both; a signal to one saves and ends both; resumed, nothing is lost."""
-    flags = "--micro-batch 4 --steps 40 --save-every 3"
-    train(work, tmp_path / "whole", flags, "esd")
+    """A killed rank is restarted; a signal to one saves and ends both; nothing is lost."""
+    flags = "--micro-batch 8 --steps 30 --save-every 3 --resume"
+    finish(train(work, tmp_path / "whole", flags, "esd", start, launcher=TORCHRUN))
     parts = tmp_path / "parts"
 
     def children(process):
         path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         return list(map(int, path.read_text().split()))
 
-    process = train(work, parts, flags, "esd", start, launcher=TORCHRUN)
+    launcher = [*TORCHRUN, "--max-restarts=1"]
+    process = train(work, parts, flags, "esd", start, launcher=launcher)
     wait_for_step(process, parts, 5)
     ranks = children(process)
     os.kill(ranks[-1], signal.SIGKILL)
-    finish(process, codes=range(1, 256))
+    while len(read_lines(parts / "config.jsonl")) < 2:  # the second start
+        time.sleep(0.1)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    flags += " --resume"
-    process = train(work, parts, flags, "esd", start, launcher=TORCHRUN)
-    wait_for_step(process, parts, newest(parts)["step"] + 4)  # past what was logged before
+    wait_for_step(process, parts, read_lines(parts / "config.jsonl")[-1]["step"] + 4)
     os.kill(children(process)[-1], signal.SIGTERM)
-    assert stopped_at(parts, finish(process, codes=range(1, 256))) < 40
+    assert stopped_at(parts, finish(process, codes=range(1, 256))) < 30
     finish(train(work, parts, flags, "esd", start, launcher=TORCHRUN))
-    pairs = zip(log_lines(tmp_path / "whole"), log_lines(parts), strict=True)
-    assert all(ours == pytest.approx(alone, rel=1e-3, abs=1e-3) for alone, ours in pairs)
+    assert_same_runs(tmp_path / "whole", parts)
 
 
 def test_damaged_checkpoints(work, tmp_path):
@@ -1367,3 +1367,97 @@ def test_sampling_in_bfloat16_keeps_its_times(work):
         assert all(x.dtype == torch.float32 for x in (*exact[:3], *rough[:3]))
         assert all(torch.equal(a, b) for a, b in zip(exact[1:3], rough[1:3], strict=True))
         assert (exact[0] - rough[0]).norm() < 0.05 * exact[0].norm()
+
+
+# ------------------------------------------------------------------------------------------------
+# Clusters and interrupted work.
+
+
+def test_one_run_a_folder(work, tmp_path):
+    """A second start in a run's folder gets one line, with --resume too; the first goes on."""
+    flags = "--steps 3 --save-every 1"
+    train(work, tmp_path / "run", flags)
+    with open(tmp_path / "run/config.jsonl") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = train(work, tmp_path / "run", "--steps 4 --resume", ok=False)
+        assert f"another process trains in {tmp_path / 'run'}" in one_line(done)
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [1, 2, 3]
+    train(work, tmp_path / "run", "--steps 4 --resume")  # the lock ends with its holder
+
+
+def test_resume_starts_or_goes_on(work, tmp_path):
+    """--resume starts where there is no checkpoint, and a run that has ended exits with 0."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n{"st')  # killed before a checkpoint
+    train(work, tmp_path / "run", "--steps 2 --resume")
+    train(work, tmp_path / "plain", "--steps 2")
+    assert_same_runs(tmp_path / "plain", tmp_path / "run")
+    before = newest(tmp_path / "run")
+    assert "already at step 2" in train(work, tmp_path / "run", "--steps 2 --resume").stdout
+    assert same(newest(tmp_path / "run"), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_signals_of_clusters(number):
+    """They end a run like SIGTERM, except a SIGHUP that nohup has made to be ignored."""
+    earlier = {n: signal.getsignal(n) for n in (15, 2, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        signal.signal(number, signal.SIG_DFL)
+        caught = train_diagonal.catch_signals()
+        signal.raise_signal(number)
+        assert caught == [number]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        caught = train_diagonal.catch_signals()
+        signal.raise_signal(signal.SIGHUP)
+        assert not caught
+    finally:
+        for n, handler in earlier.items():
+            signal.signal(n, handler)
+
+
+def test_stage_2_on_other_rows(work, tmp_path):
+    """A stage 1 of other rows of the same tokens serves stage 2, which says so."""
+    run(work, f"prepare_data.py grammar --seed 1 --out {tmp_path / 'other'}")
+    words = f"distill.py --loss psd --checkpoint runs/grammar-diagonal --steps 1 {RUN}"
+    out = tmp_path / "map"
+    done = run(work, f"{words} --data {tmp_path / 'other'} --out {out}")
+    assert "was trained on other rows" in done.stdout
+    done = run(work, f"{words} --data data/grammar --out {out} --steps 2 --resume", ok=False)
+    assert "train stage 1 on with --init" in one_line(done)
+
+
+def test_compiling_without_a_compiler(work, tmp_path, monkeypatch):
+    """Slim images have none: one line that names --no-compile."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    done = train(work, tmp_path / "run", "--steps 1 --compile", ok=False)
+    assert "--no-compile" in one_line(done)
+
+
+def test_two_machines(work, tmp_path):
+    """Two agents, one rank each, train as one process does; if one lacks the data, both say why."""
+    flags = "--steps 20 --micro-batch 8"
+    train(work, tmp_path / "alone", flags)
+
+    def agents(out, folders):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        launcher += ["--master_addr=localhost", f"--master_port={port}"]
+        processes = []
+        for rank, folder in enumerate(folders):
+            place = tmp_path / f"{out}-machine-{rank}"
+            place.mkdir()
+            where = [*launcher, f"--node_rank={rank}"]
+            words = f"{STAGES['diagonal']} --data {folder} --out {tmp_path / out} {RUN} {flags}"
+            processes.append(start(place, words, where))
+        return processes
+
+    for process in agents("two", [work / "data/grammar"] * 2):
+        finish(process)
+    pairs = zip(log_lines(tmp_path / "alone"), log_lines(tmp_path / "two"), strict=True)
+    assert all(ours == pytest.approx(alone, rel=1e-4, abs=1e-5) for alone, ours in pairs)
+    outputs = [finish(p, range(1, 256)) for p in agents("none", [work / "data/grammar", "absent"])]
+    assert "a rank failed to start" in outputs[0]
+    assert "no data set at absent" in outputs[1]
