@@ -236,20 +236,28 @@ def work(tmp_path_factory):
 
 
 def test_gpu_dry_run(tmp_path):
-    """All that is to be measured on a GPU runs at toy size; what ended well is not repeated.
+    """The plan for a GPU, at toy size: in order, within its minutes, and on from where it ended."""
+    out = tmp_path / "all"
+    flags = ["--dry-run", "--out", out, "--minutes"]
 
-    The longest test: it stands first, so that no worker is left waiting for it.
-    """
-    flags = ["--dry-run", "--out", tmp_path / "all"]
-    process = start("benchmarks/gpu.py", *flags, cwd=tmp_path)
-    assert "prepare_data.py" in finish(process, tmp_path, seconds=500)  # some twenty programs
-    lines = (tmp_path / "all/record.jsonl").read_text().splitlines()
-    assert [json.loads(line)["code"] for line in lines] == [0] * 22
-    agreement = json.loads((tmp_path / "all/ranks.json").read_text())
-    assert all(float(row["furthest from bfloat16"]) < 1e-2 for row in agreement)
-    assert json.loads((tmp_path / "all/scores.json").read_text())["bound"]
-    again = finish(start("benchmarks/gpu.py", *flags, cwd=tmp_path), tmp_path)
-    assert "prepare_data.py" not in again
+    def outcome(minutes):
+        finish(start("benchmarks/gpu.py", *flags, minutes, cwd=tmp_path), tmp_path)
+        lines = map(json.loads, (out / "record.jsonl").read_text().splitlines())
+        return [(line["name"], line["ok"], "skipped" in line) for line in lines]
+
+    order = "check steps sampling diagonal psd dmd esd scores".split()
+    few = outcome(0.4)  # nine seconds beside those to save and exit
+    assert few == [("data", True, False), *((name, False, True) for name in order[:-1])]
+    both = outcome(20)
+    assert both[len(few) :] == [(name, True, False) for name in order]
+    assert outcome(20) == both
+    check = json.loads((out / "check.json").read_text())
+    assert len(check) == 12
+    assert all(row["percent"] < 2 for row in check)
+    assert [row["percent"] for row in check if row["loss"] == "resumed"] == [0, 0]
+    steps = {row.pop("step"): row for row in json.loads((out / "steps.json").read_text())}
+    assert all(steps[name]["seconds"] > 0 for name in ("diagonal", "psd", "esd", "V-sized"))
+    assert len(json.loads((out / "scores.json").read_text())["bound"]) == 4
 
 
 @pytest.mark.parametrize("loss", ["psd", "lsd", "esd"])
