@@ -44,18 +44,16 @@ import torch
 
 import train_diagonal
 from model import RowLoss, entropy, head_loss, in_autocast_dtype, load_model, logit_chunks, softmax
-from prepare_data import new_parser, read_meta, same_tokens
+from prepare_data import new_parser, read_meta, same_tokens, say
 from train_diagonal import by_context, diagonal_loss
 
+
 # ---- The jumps. --------------------------------------------------------------------------------
-
-
 class Jump(NamedTuple):
     """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
     The rates are 1, unless each position has times of its own (38): then they are d time / d
-    progress, scaled to a mean of 1. They are the tangents of s and t, and divide the identities.
-    """
+    progress, scaled to a mean of 1. They are the tangents of s and t, and divide the identities."""
 
     s: torch.Tensor
     u: torch.Tensor
@@ -76,8 +74,7 @@ def draw_progress(draw, boundary, to_data=False):
     """Progress s <= u <= t, float64 (B, 1) each: a uniform step, its start uniform, u half-way.
 
     A share `boundary` of the rows jumps from noise to data, and to_data ends every jump at data.
-    No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0.
-    """
+    No step is shorter than 0.001: at s = t nothing is learned and the semigroup is 0/0."""
     step, start, edge = draw.uniform(3)[:, :, None].unbind(1)
     step = torch.where(edge < boundary, 1.0, 0.001 + 0.999 * step)
     s = 1 - step if to_data else start * (1 - step)
@@ -87,8 +84,6 @@ def draw_progress(draw, boundary, to_data=False):
 # ---- The three teachers. A new loss is an entry of TEACHERS. -----------------------------------
 # They return the student's h_st (B, L, D) with its graph, and a RowLoss whose target is a constant
 # of the gradient. `teacher` gives psi_ss or psi_tt.
-
-
 def psd(model, teacher, y, jump, args):
     """Semigroup: q = omega psi_su(y) + (1 - omega) psi_ut(X_su(y)) (23, 64), from the student."""
     s, u, t = jump.s, jump.u, jump.t
@@ -148,8 +143,7 @@ def identity_target(model, teacher, h_teacher, dh, a, b, args):
         signed   p - q = a (psi_st - psi) + b psi_st delta: no logarithm, finite at t = 1.
 
     LSD is better conditioned in the signed form: its logit form divides a vanishing psi_tt by a
-    vanishing 1 + C delta for every token that time t has ruled out.
-    """
+    vanishing 1 + C delta for every token that time t has ruled out."""
     by_row = h_teacher.flatten(0, 1), dh.flatten(0, 1), per_row(a, dh), per_row(b, dh)
     heads = in_autocast_dtype(teacher.head), in_autocast_dtype(model.head)
     if args.form == "signed":
@@ -173,8 +167,7 @@ def logit_target(z, h_teacher, dh, a, b, teacher_head, head, divergence):
 
     softmax ignores a factor in the logarithm: 1 - delta / kappa = (Gamma - E delta) / Gamma, so
     a + b delta serves. A network's may be negative, unlike the true flow map's: the share that is
-    clamped is the best health signal of a run.
-    """
+    clamped is the best health signal of a run."""
     z_teacher, _, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     argument = delta.mul_(b).add_(a)
     floor = CLAMP * (a + b.abs())
@@ -189,8 +182,6 @@ def per_row(value, y):
 
 
 # ---- Divergences between psi_st = softmax(z) and q, (n, V) each: a report, and g on z. ---------
-
-
 def kl(z, q):
     """KL(q || psi_st) (27, 31, 35); the gradient on the logits is psi_st - q."""
     log_p = z.log_softmax(-1)
@@ -216,8 +207,7 @@ DIVERGENCES = {"kl": kl, "square": square}
 def signed(z, h_teacher, dh, a, b, teacher_head, head):
     """The "signed" form of `identity_target`: the logits' gradient is the identity's residual.
 
-    Its target may have negative entries and so no KL: the loss is |p - q|^2 / 2.
-    """
+    Its target may have negative entries and so no KL: the loss is |p - q|^2 / 2."""
     z_teacher, psi_st, delta = derivatives(z, h_teacher, dh, teacher_head, head)
     psi = softmax(z_teacher)
     g = a * (psi_st - psi) + b * psi_st * delta
@@ -227,14 +217,11 @@ def signed(z, h_teacher, dh, a, b, teacher_head, head):
 
 
 # ---- The objective of stage 2: the diagonal on some rows, consistency on the others (16). ------
-
-
 def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
     It is weighted by (45) with c = 1e-6, and a learned w of the times makes it exp(-w) loss + w.
-    to_data: all jumps end at data; no w, which is fitted to rows whose loss has another scale.
-    """
+    to_data: all jumps end at data; no w, which is fitted to rows whose loss has another scale."""
     B, L = tokens.shape
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
     jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in jump))
@@ -273,8 +260,7 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
 
     with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(y)), for the
     student's own law. d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
-    Where V > D the network sees x through W, and d is taken whole, not projected on W's span.
-    """
+    Where V > D the network sees x through W, and d is taken whole, not projected on W's span."""
     B, L = tokens.shape
     start, edge, level = draw.uniform(3)[:, :, None].unbind(1)
     start = torch.where(edge < args.boundary, 0.0, RENOISED * start)
@@ -321,14 +307,11 @@ def dmd_surrogate(z, h_real, h_critic, real_head, critic_head):
 
 
 # ---- The diagonal in stage 2, and all rows together. -------------------------------------------
-
-
 def diagonal_from_stage1(model, stage1, tokens, draw, args):
     """The diagonal learned from stage 1: KL(sg[q] || psi_tt(x_t)) instead of (22).
 
     q is stage 1's psi_tt, far less noisy than a token. With args.guidance it is the guided one:
-    then the student needs one network call a step where guidance needs two.
-    """
+    then the student needs one network call a step where guidance needs two."""
 
     @torch.no_grad()
     def target(y, t):
@@ -356,10 +339,7 @@ def guided(z, h_c, h_0, guidance, head):
 
 
 def distillation(args, stage1=None, critic=None):
-    """The objective of stage 2. stage1: the frozen network, or None where nothing needs it.
-
-    critic: the network that --loss dmd trains beside the student.
-    """
+    """The objective of stage 2, with the frozen stage1 if it is needed, and the critic of dmd."""
     teacher = stage1 if stage1 and args.loss != "psd" else None  # None: the student itself
     on_diagonal = functools.partial(diagonal_loss, power=args.diagonal_power)
     if args.diagonal_from == "stage1":
@@ -399,33 +379,26 @@ def spread(rows, share):
     """(chosen, index) for `rows`, an int array (n,) of indices into the global batch.
 
     chosen: true for an evenly spread share of all rows, so micro-batches and ranks change nothing.
-    index: numbers the rows that are not chosen.
-    """
+    index: numbers the rows that are not chosen."""
     before = np.floor(rows * share + 1e-9).astype(int)
     after = np.floor((rows + 1) * share + 1e-9).astype(int)
     return after > before, rows - before
 
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
-
-
 def distillation_flags(parser):
     """The flags of stage 2 alone."""
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("distillation").add_argument
-    text = "the identity to learn, or dmd to match distributions"
-    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help=text)
-    text = "checkpoint or run to start from: stage 1, or with dmd also a map (default: runs/DATA-"
-    add("--checkpoint", type=Path, help=text + "diagonal)")
+    add("--loss", choices=[*TEACHERS, "dmd"], required=True, help="an identity, or dmd")
+    add("--checkpoint", type=Path, help="stage 1; dmd also a map (default: runs/DATA-diagonal)")
     add("--critic-lr", type=float, default=1e-3, help="of dmd: learning rate of the critic")
     add("--joint", action="store_true", help="no stage 1: the student teaches itself everything")
-    text = "a distribution (29, 33), or the identity's residual (default: lsd signed, else logit)"
-    add("--form", choices=["logit", "signed"], help=text)
+    add("--form", choices=["logit", "signed"], help="target (default: lsd signed, else logit)")
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")
     add("--diagonal-share", type=float, help="share of diagonal rows (default: 0.5; dmd 0)")
     add("--diagonal-from", choices=["data", "stage1"], help="tokens or stage 1 (default: data)")
-    text = "of lsd and esd: share of the non-diagonal rows that learn psd instead, by jumps to data"
-    add("--psd-share", type=float, default=0.0, help=text)
+    add("--psd-share", type=float, default=0.0, help="of lsd, esd: share of the others on psd rows")
     add("--boundary", type=float, help="share of noise-to-data jumps (default: 1/32; dmd 1)")
     add("--consistency-power", type=float, default=0.5, help="r of (45); 0 is the plain loss")
     add("--learned-weight", action=yes_no, default=True, help="learn a weight of the times")
@@ -437,11 +410,10 @@ def set_defaults(args):
     """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
     dmd = args.loss == "dmd"
     signed = args.loss == "lsd" and args.divergence == "kl"  # see `identity_target`
-    steps = 1_000_000 if args.joint else 100_000
     defaults = dict(
         out=Path("runs") / (f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")),
         checkpoint=Path("runs") / f"{args.data.name}-diagonal",
-        steps=10_000 if dmd else steps,
+        steps=10_000 if dmd else 1_000_000 if args.joint else 100_000,
         form="signed" if signed else "logit",
         diagonal_share=0.0 if dmd else 0.5,
         diagonal_from="data" if args.guidance == 1 else "stage1",
@@ -484,11 +456,12 @@ def load_networks(args, meta, resumed):
     """(student, frozen stage 1): from the dict `resumed` or, in a new run, from args.checkpoint.
 
     The student is a copy of stage 1 or, for dmd and to resume, a map that carries its stage 1. The
-    flags that shape contexts are taken from there.
-    """
+    flags that shape contexts are taken from there."""
     model, checkpoint = load_model(resumed or args.checkpoint)
     earlier = checkpoint["args"]
-    same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
+    same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len")
+    if checkpoint["meta"]["sha256"] != meta["sha256"]:
+        say(f"{args.checkpoint} was trained on other rows than those of {args.data}")
     if "loss" in earlier and not resumed and args.loss != "dmd":
         raise SystemExit(f"{args.checkpoint} is a map: name a stage 1, or add --loss dmd")
     if args.loss == "dmd" and earlier.get("guidance", 1) != 1:
@@ -507,8 +480,7 @@ def load_networks(args, meta, resumed):
 def main():
     parser = new_parser(__doc__)
     distillation_flags(parser)
-    text = "optimizer steps (default: 100000; dmd 10000, --joint 1000000)"
-    train_diagonal.training_flags(parser, None, text)
+    train_diagonal.training_flags(parser, None, "default: 100000; dmd 10000, --joint 1000000")
     args = train_diagonal.parse(parser)
     set_defaults(args)
     meta = read_meta(args.data)

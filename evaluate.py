@@ -1,20 +1,17 @@
 """Score samples by the number of network evaluations (NFE), beside texts with known quality.
 
     python evaluate.py --nfe 1 2 4 8 16 128                       # of runs/owt-esd, by GPT-2 Large
-    python evaluate.py --checkpoint runs/grammar-diagonal runs/grammar-psd --nfe 1 2 4 64
+    python evaluate.py --checkpoint runs/demo-diagonal runs/demo-psd --nfe 1 2 4 64
     python evaluate.py --nfe 1 4 --gamma 0 1 --temperature 0 1    # every combination
     python evaluate.py --nfe 1 4 --entropy 5.4                    # at equal variety
     python evaluate.py --bound 512 --data data/ptb data/wikitext  # the likelihood bound alone
     python evaluate.py --samples texts.jsonl --data data/owt      # samples made elsewhere
 
-Reads checkpoints of either stage, and files of samples. Controls from the data set come first:
+Reads checkpoints of either stage, and files of samples. First come controls from the data set:
 validation rows, the same with their words shuffled, and draws from the unigram of the training
-rows. On the grammar the main score is exact: the share of grammatical sentences. On text it is
-generative perplexity, by the protocol of `judge_scores`; it needs `transformers`.
-
-Also reported: the entropy of each sample's tokens, the shares of 4-grams that are distinct or
-copied from training rows, and speed. Intervals are 95%, by bootstrap over samples. Writes JSON,
-beside the last checkpoint unless --output is given, and prints the tables in Markdown.
+rows. The main score is, on the grammar, the share of grammatical sentences and, on text, generative
+perplexity by the protocol of `judge_scores`, which needs `transformers`. Intervals are 95%, by
+bootstrap over samples. Each row is printed and written as JSON at once; tables come last.
 """
 
 import bisect
@@ -23,7 +20,6 @@ import itertools
 import json
 import math
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +31,10 @@ import prepare_data
 import sample
 from model import Draw, atomic_write, commit, logit_chunks, parse
 from prepare_data import decode, encoder, explain, positive, read_meta, read_rows, same_tokens, say
-from sample import check_output, choose, draw_samples, generate, in_batches, load_sampler
-
-# ------------------------------------------------------------------------------------------------
-# Generative perplexity.
+from sample import check_output, choose, draw_samples, generate, load_sampler, uniforms
 
 
+# ---- Generative perplexity. --------------------------------------------------------------------
 @torch.no_grad()
 def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     """(NLL in nats, tokens counted) of each text, float64 (N, 2); gen-PPL is exp(sum / sum).
@@ -49,17 +43,15 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     max_length, the model's own L. Scored are all tokens other than EOS and the first EOS, but not
     the first token, as no BOS is added. Text in BERT's tokens is joined as transformers 4 does.
 
-    Where we depart from the code of MDLM, Duo and FLM: every text counts (they drop the last batch
-    if it is not full), and padding never does (they score one pad token of a text without EOS that
-    is padded in its batch). Trailing [PAD] is stripped. BOS and EOS are [CLS] and [SEP], where
-    FLM's code has [CLS] for both; with ours real rows of LM1B have an entropy of 4.34, the paper's.
-    """
+    We depart from the code of MDLM, Duo and FLM: every text counts (they drop the last batch if it
+    is not full), and padding never does (they score one pad token of a text without EOS that is
+    padded in its batch). Trailing [PAD] is stripped. BOS and EOS are [CLS] and [SEP], where FLM's
+    code has [CLS] for both; with ours real rows of LM1B have an entropy of 4.34, the paper's."""
     eos = tokenizer.eos_token_id
     ids = judge_ids(texts, tokenizer, max_length)
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    by_length = np.argsort([len(row) for row in ids], kind="stable")
     scores = np.zeros((len(ids), 2))
-    starts = range(0, len(ids), batch_size)
-    for start in tqdm(starts, desc="judging", unit="batch", leave=False, disable=None):
+    for start in tqdm(range(0, len(ids), batch_size), "judging", leave=False, disable=None):
         batch = by_length[start : start + batch_size]
         # An empty text is given an EOS, which is not scored: the judge needs a column.
         targets = [torch.tensor(ids[i] or [eos], device=judge.device) for i in batch]
@@ -68,18 +60,14 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
         logits = judge(input_ids=padded, attention_mask=mask).logits
         for i, target, z in zip(batch, targets, logits, strict=True):
             is_eos = target == eos
-            counted = (~is_eos | (is_eos.cumsum(0) == 1))[1:]
-            z = z[: len(counted)].float()
-            losses = torch.nn.functional.cross_entropy(z, target[1:], reduction="none")
-            total = losses[counted].cpu().sum(dtype=torch.float64)
-            scores[i] = total.item(), counted.sum().item()
+            counted = ~is_eos | (is_eos.cumsum(0) == 1)
+            z = z[: len(target) - 1].float()
+            losses = torch.nn.functional.cross_entropy(z, target[1:], reduction="none")[counted[1:]]
+            scores[i] = losses.cpu().double().sum().item(), len(losses)
     return scores
 
 
-# ------------------------------------------------------------------------------------------------
-# The likelihood bound.
-
-
+# ---- The likelihood bound. ---------------------------------------------------------------------
 def diagonal_errors(model, h, tokens, whiten):
     """-log psi(token) and |(x1 - psi) W whiten|^2, (2, B, L), for psi = softmax(h @ head.T)."""
     targets = tokens.flatten()[:, None]
@@ -97,13 +85,11 @@ def diagonal_errors(model, h, tokens, whiten):
 def bound_grid(model, points):
     """Times (points + 1, 1 or L): r = beta / alpha is 0, then log-spaced to the last one trained.
 
-    With times per position (38) this is the r of the middle of the row.
-    """
-    path = model.path
-    last = model.times(torch.ones(1, 1, dtype=torch.float64))
-    end = last[0, last.shape[1] // 2]
-    r = np.geomspace(0.05, float(path.beta(end) / path.alpha(end)), points)
-    t = path.time_at(torch.from_numpy(r / (1 + r)))
+    With times per position (38) this is the r of the middle of the row."""
+    end = model.times(torch.ones(1, 1, dtype=torch.float64))
+    last = model.path.beta(end) / model.path.alpha(end)
+    r = np.geomspace(0.05, float(last[0, last.shape[1] // 2]), points)
+    t = model.path.time_at(torch.from_numpy(r / (1 + r)))
     tau = np.interp(t, model.schedule_time, model.schedule_tau)
     return model.times(torch.from_numpy(np.append(0, tau))[:, None])
 
@@ -124,16 +110,14 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     r the error is taken constant. With times per position (38) each position has its own r.
 
     tokens: (N, L). Returns (r (K,) of the middle position, bound (K, N)) for K = points values of
-    r*: the smallest mean over rows is the one to report.
-    """
+    r*: the smallest mean over rows is the one to report."""
     t = bound_grid(model, points)
     r = (model.path.beta(t) / model.path.alpha(t))[:, None]  # (K + 1, 1, 1 or L)
     factor = model.noise_factor().cpu().double()
     whiten = torch.linalg.pinv(factor, rtol=3e-5).to(model.head)  # 0 on what W does not span
     device = model.head.device
     bound = np.zeros((points, len(tokens)))
-    starts = range(0, len(tokens), batch_size)
-    for first in tqdm(starts, desc="bound", unit="batch", leave=False, disable=None):
+    for first in tqdm(range(0, len(tokens), batch_size), "bound", leave=False, disable=None):
         index = np.arange(first, min(first + batch_size, len(tokens)))
         x1 = torch.from_numpy(tokens[index].astype(np.int64)).to(device)
         errors = []
@@ -152,10 +136,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
     return r[1:, 0, r.shape[2] // 2].numpy(), bound
 
 
-# ------------------------------------------------------------------------------------------------
-# Other scores of samples, rows of token ids, and their intervals; equal entropy; controls.
-
-
+# ---- Other scores of samples, rows of token ids, and their intervals; equal entropy; controls. -
 def entropies(rows):
     """-sum p log p in nats of each row's own token counts, padding included: (N,)."""
     shares = [np.unique(row, return_counts=True)[1] / len(row) for row in rows]
@@ -176,88 +157,58 @@ def grammar_scores(rows, train_rows):
     }
 
 
-def ngrams(rows):
-    """Every run of 4 ids in rows (..., L) as one number, uint64 (..., L - 3): a 64-bit hash."""
-    rows = np.asarray(rows, np.uint64)
-    count = max(0, rows.shape[-1] - 3)
-    key = np.uint64(0)
-    for i in range(4):
-        key = key * np.uint64(0x9E3779B97F4A7C15) + rows[..., i : i + count] + np.uint64(1)
-    return key
+def bootstrap(name, top, bottom, of=np.asarray):
+    """{name: of(sum(top) / sum(bottom)), ..."_interval": 95%} of two numbers (N,) for each sample.
 
-
-def diversity(rows, known=None):
-    """Shares of the samples' 4-grams: distinct ones, and those in `known`, hashes by `ngrams`.
-
-    None if there are no 4-grams, or if `known` is None.
-    """
-    grams = np.concatenate([ngrams(row) for row in rows])
-    distinct = len(np.unique(grams)) / len(grams) if len(grams) else None
-    copied = float(np.isin(grams, known).mean()) if len(grams) and known is not None else None
-    return {"distinct_4": distinct, "copied_4": copied}
-
-
-def resamples(count, repeats=1000):
-    """Bootstrap weights (1 + repeats, count): ones, then how often a resample draws each sample."""
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=repeats)
-    return np.concatenate([np.ones((1, count)), drawn])
-
-
-def estimate(values):
-    """(value, 95% interval) from a statistic of each row of `resamples`, the first being all data.
-
-    (None, None) if the value is not finite; the interval is None if that of a resample is not.
-    """
-    if not np.isfinite(values).all():
-        return (float(values[0]) if np.isfinite(values[0]) else None), None
-    return float(values[0]), np.quantile(values[1:], [0.025, 0.975]).tolist()
+    Values that are not finite are None, and so is an interval if any resample has such a value."""
+    N = len(top)
+    drawn = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=1000)
+    weights = np.concatenate([np.ones((1, N)), drawn])  # all samples once, then the resamples
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = of(weights @ top / (weights @ bottom))
+    finite = np.isfinite(values)
+    interval = np.quantile(values[1:], [0.025, 0.975]).tolist() if finite.all() else None
+    return {name: float(values[0]) if finite[0] else None, f"{name}_interval": interval}
 
 
 def draw_at_entropy(target, model, nfe, count, batch_size, seed, dtype, **how):
-    """(temperature, ids): samples whose mean entropy is `target`; how: arguments of `generate`.
+    """(temperature, ids): samples whose mean entropy is `target`; the rest as in `draw_samples`.
 
     The temperature is the first of 0, 0.01, ..., 2 that reaches it; 2 if none does. The network
     runs once. Only the choice of tokens is repeated, with the same uniforms, from the hidden
-    vectors of all samples, which stay on the device.
-    """
+    vectors of all samples, which stay on the device."""
     low = getattr(torch, dtype)
-
-    def evaluate(model, B, normal):
-        fresh = functools.partial(normal, model.config.seq_len)
-        hidden = generate(model, fresh(), nfe, normal=fresh, **how)
-        return [(weight, h.to(low)) for weight, h in hidden], sample.uniforms(fresh())
-
-    kept = in_batches(evaluate, model, count, batch_size, seed, dtype)
     head = model.head.to(low)
+    kept = []
 
-    def redraw(temperature):
-        parts = [choose(head, hidden, temperature, uniform) for hidden, uniform in kept]
+    def keep(model, B, normal, **how):
+        fresh = functools.partial(normal, model.config.seq_len)
+        hidden = generate(model, fresh(), normal=fresh, **how)
+        kept.append(([(weight, h.to(low)) for weight, h in hidden], uniforms(fresh())))
+        return choose(model.head, hidden)
+
+    def redraw(n):
+        parts = [choose(head, hidden, n / 100, uniform) for hidden, uniform in kept]
         return torch.cat(parts).cpu().numpy()
 
-    def entropy_at(n):
-        return entropies(redraw(n / 100)).mean()
-
-    temperature = bisect.bisect_left(range(200), target, key=entropy_at) / 100
-    return temperature, redraw(temperature)
+    draw_samples(model, nfe, count, batch_size, seed, dtype, write=keep, **how)
+    n = bisect.bisect_left(range(200), target, key=lambda n: entropies(redraw(n)).mean())
+    return n / 100, redraw(n)
 
 
 def to_ids(texts, meta):
     """Token ids (n,) of each text, cut at L; on the grammar padded to L, and not cut."""
-    encode = encoder(meta)
     L = meta["seq_len"]
-    rows = [encode(text) for text in texts]
-    if meta["tokenizer"] == "grammar":
-        rows = [row + [meta["pad_id"]] * (L - len(row)) for row in rows]
-    else:
-        rows = [row[:L] for row in rows]
-    return [np.array(row, np.int64) for row in rows]
+    rows = [np.array(ids, np.int64) for ids in map(encoder(meta), texts)]
+    if meta["tokenizer"] != "grammar":
+        return [row[:L] for row in rows]
+    return [np.pad(row, (0, max(0, L - len(row))), constant_values=meta["pad_id"]) for row in rows]
 
 
 def control_rows(meta, train, val, count, seed):
     """{name: rows of ids}: validation rows, their words shuffled, and unigram draws, `count` each.
 
-    BOS and EOS stay in place. Shuffled text is tokenised again: its rows differ in length.
-    """
+    BOS and EOS stay in place. Shuffled text is tokenised again: its rows differ in length."""
     rng = np.random.default_rng([seed, 1])
     frame = int(meta["bos_id"] is not None)
     inner = slice(frame, meta["seq_len"] - frame)
@@ -267,27 +218,26 @@ def control_rows(meta, train, val, count, seed):
         parts = re.split(r"(\s+)", decode(meta, row[inner]))  # words, with white space between
         parts[::2] = rng.permutation(parts[::2])
         texts.append("".join(parts))
-    pairs = zip(real, to_ids(texts, meta), strict=True)
-    size = inner.stop - frame
-    shuffled = [np.concatenate([row[:frame], ids[:size], row[inner.stop :]]) for row, ids in pairs]
+    bodies = [ids[: inner.stop - frame] for ids in to_ids(texts, meta)]
+    ends = zip(real[:, :frame], bodies, real[:, inner.stop :], strict=True)
+    shuffled = [np.concatenate(parts) for parts in ends]
     counts = np.bincount(train[:, inner].ravel(), minlength=meta["vocab_size"])
     unigram = real.copy()
     unigram[:, inner] = rng.choice(len(counts), real[:, inner].shape, p=counts / counts.sum())
     return {"validation rows": real, "their words shuffled": shuffled, "unigram draws": unigram}
 
 
-# ------------------------------------------------------------------------------------------------
-# Machinery: skip at first reading
-
-
-def load_judge(name, device):
-    """(causal language model in float32, tokenizer) from a folder or the hub."""
+# ---- Machinery: skip at first reading. ---------------------------------------------------------
+def load_judge(name, device, length=1):
+    """(causal language model in float32 that reads `length` tokens, tokenizer): folder or hub."""
     advice = "give a folder, or a hub name and a network; needs pip install -e '.[eval]'"
     with explain(f"--judge {name}", advice):
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         judge = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        if length > (getattr(judge.config, "max_position_embeddings", None) or length):
+            raise ValueError(f"it cannot read {length} tokens")
     return judge.to(device).eval(), tokenizer
 
 
@@ -297,45 +247,20 @@ def judge_ids(texts, tokenizer, max_length):
     return tokenizer(texts, **how)["input_ids"]
 
 
-class Scorer:
-    """Scores samples by a data set (`meta` and its training rows, or None) and a judge."""
+def score_samples(meta, train, judge, name, rows, texts=None, **facts):
+    """A row of the table, for samples as rows of ids, or as texts without a data set (meta {}).
 
-    def __init__(self, args, meta, train):
-        self.args = args
-        self.meta = meta
-        self.train = train
-        self.known = None if train is None else np.unique(ngrams(train))
-        self.exact = meta is not None and meta["tokenizer"] == "grammar"
-        if not self.exact:
-            self.judge, self.tokenizer = load_judge(args.judge, args.device)
-            self.length = meta["seq_len"] if meta else 1024
-            room = getattr(self.judge.config, "max_position_embeddings", None) or self.length
-            if self.length > room:
-                raise SystemExit(f"--judge {args.judge} reads {room} tokens, not {self.length}")
-
-    def score(self, name, rows, texts=None, **facts):
-        """One row of the table, for samples as rows of ids, or as texts if there is no data set."""
-        texts = texts or [decode(self.meta, row) for row in rows]
-        if rows is None:  # the judge's own tokens
-            rows = judge_ids(texts, self.tokenizer, self.length)
-        weights = resamples(len(rows))
-        result = {"model": name, **facts, "samples": len(rows)}
-        extra = {}
-        if self.exact:
-            grammatical, extra = grammar_scores(rows, self.train)
-            score = weights @ grammatical / len(rows)
-            result["grammatical"], result["grammatical_interval"] = estimate(score)
-        else:
-            how = (self.judge, self.tokenizer, self.length, self.args.judge_batch)
-            nll, count = judge_scores(texts, *how).T
-            with np.errstate(invalid="ignore", divide="ignore"):
-                score = np.exp(weights @ nll / (weights @ count))
-            result["gen_ppl"], result["gen_ppl_interval"] = estimate(score)
-        result["entropy"] = float(entropies(rows).mean())
-        if self.meta and self.meta["pad_id"] is not None:
-            rows = [row[row != self.meta["pad_id"]] for row in rows]
-        result |= extra | diversity(rows, self.known)
-        return result
+    judge: arguments of `judge_scores`; on the grammar None."""
+    texts = texts or [decode(meta, row) for row in rows]
+    rows = judge_ids(texts, *judge[1:3]) if rows is None else rows
+    result = {"model": name, **facts, "samples": len(rows)}
+    extra = {}
+    if judge:
+        result |= bootstrap("gen_ppl", *judge_scores(texts, *judge).T, np.exp)
+    else:
+        good, extra = grammar_scores(rows, train)
+        result |= bootstrap("grammatical", good, np.ones(len(good)))
+    return result | {"entropy": float(entropies(rows).mean())} | extra
 
 
 def cell(value):
@@ -359,11 +284,8 @@ def table(rows):
     return "\n".join(lines)
 
 
-def bound_row(name, folder, model, val, meta, args):
-    """The bound of args.bound rows of `val` at its best r*: a row of a table.
-
-    In nats a token, without the BOS-EOS frame.
-    """
+def bound_row(args, name, model, folder, meta, _, val):
+    """A row of the table: the bound, in nats a token without BOS and EOS, at its best r*."""
     chosen = np.random.default_rng([args.seed, 2]).permutation(len(val))[: args.bound]
     rows = val[np.sort(chosen)]
     tokens_per_row = meta["seq_len"] - 2 * (meta["bos_id"] is not None)
@@ -385,49 +307,65 @@ def bound_row(name, folder, model, val, meta, args):
     return row
 
 
-def model_rows(args, scorer, name, model, euler, block_size):
-    """Rows of the table for one model: every combination of NFE, gamma and temperature."""
-    rows = []
+def model_rows(args, score, name, model, euler, block_size):
+    """Yield rows of the table for one model: every combination of NFE, gamma and temperature."""
     how = dict(batch_size=args.batch_size, seed=args.seed, dtype=args.dtype, euler=euler)
-    warm_up = min(args.batch_size, args.num_samples)
-    draw_samples(model, 1, warm_up, block_size=block_size, **how)
     temperatures = [None] if args.entropy else args.temperature
-    for nfe, gamma, temperature in itertools.product(args.nfe, args.gamma, temperatures):
+    for nfe, gamma, T in itertools.product(args.nfe, args.gamma, temperatures):
         if nfe == 1 and gamma != args.gamma[0]:
             continue  # gamma acts between jumps
-        how["gamma"] = gamma
-        speed = {}
+        how |= dict(gamma=gamma, count=args.num_samples)
         if args.entropy:
-            count = args.num_samples
-            temperature, ids = draw_at_entropy(args.entropy, model, nfe, count, **how)
-            if temperature in (0, 2):
+            T, ids = draw_at_entropy(args.entropy, model, nfe, **how)
+            if T in (0, 2):
                 say(f"{name}, {nfe} NFE: no temperature from 0 to 2 gives --entropy {args.entropy}")
         else:
-            more = dict(temperature=temperature, block_size=block_size)
-            start = time.perf_counter()
-            ids = draw_samples(model, nfe, args.num_samples, **how, **more)
-            seconds = time.perf_counter() - start
-            speed["seconds_per_1000"] = 1000 * seconds / len(ids)
-        facts = dict(nfe=nfe, gamma=gamma, temperature=temperature)
-        row = scorer.score(name, ids, sampler="euler" if euler else "flow-map", **facts)
-        rows.append(row | speed)
-    return rows
+            ids = draw_samples(model, nfe, temperature=T, block_size=block_size, **how)
+        facts = dict(sampler="euler" if euler else "flow-map", nfe=nfe, gamma=gamma, temperature=T)
+        yield score(name, ids, **facts)
+
+
+def evaluation(args, sets):
+    """Yield ("results" or "bound", a row of that table): controls, files, then each model."""
+    meta, train, val = next(iter(sets.values()), ({}, None, None))
+    files = [(path.name, read_samples(path)) for path in args.samples]
+    files = [(name, to_ids(texts, meta) if meta else None, texts) for name, texts in files]
+    if args.nfe or files:
+        judge = None
+        if meta.get("tokenizer") != "grammar":
+            length = meta.get("seq_len", 1024)
+            judge = (*load_judge(args.judge, args.device, length), length, args.judge_batch)
+        score = functools.partial(score_samples, meta, train, judge)
+        controls = control_rows(meta, train, val, args.num_samples, args.seed) if meta else {}
+        for inputs in (*controls.items(), *files):
+            yield "results", score(*inputs, sampler=None, nfe=None, gamma=None, temperature=None)
+    for path in args.checkpoint:
+        model, facts, euler = load_sampler(path, args.device)
+        name = path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
+        if args.nfe:
+            size = facts["args"].get("block_size")
+            rows = model_rows(args, score, name, model, euler, size)
+            yield from (("results", row) for row in rows)
+        if args.bound:
+            for folder, data in sets.items():
+                yield "bound", bound_row(args, name, model, folder, *data)
+        del model  # before the next one is loaded
 
 
 def read_samples(path):
     """The texts in a file: .jsonl has {"text": ...} on a line, any other a sample on a line."""
-    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # not at U+2028
+    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    lines = text.removesuffix("\n").split("\n")  # not at U+2028
     if path.suffix == ".jsonl":
         lines = [json.loads(line)["text"] for line in lines if line]
     if not any(lines):
-        expected = "expected a .jsonl of {'text': ...}, or one sample a line"
-        raise SystemExit(f"--samples {path} holds no text; {expected}")
+        raise SystemExit(f"--samples {path} has no text: give lines, or JSON lines with a text")
     return lines
 
 
-def data_sets(args, loaded):
+def data_sets(args, saved):
     """{folder: (meta, train rows, validation rows)} of --data, or of what was trained on."""
-    folders = args.data or [Path(saved["args"]["data"]) for _, saved, _ in loaded[-1:]]
+    folders = args.data or [Path(facts["args"]["data"]) for facts in [*saved.values()][-1:]]
     keys = ["seq_len"] if args.data else ["seq_len", "sha256"]  # other rows must be asked for
     sets = {}
     for folder in folders:
@@ -435,28 +373,9 @@ def data_sets(args, loaded):
         train = read_rows(folder, "train", meta)
         train = train[:: math.ceil(len(train) / 50_000) or 1]  # at most 50,000 rows, evenly spaced
         sets[folder] = meta, train, read_rows(folder, "val", meta)
-        for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True):
-            same_tokens(path, saved["meta"], folder, meta, *keys)
+        for path, facts in saved.items():
+            same_tokens(path, facts["meta"], folder, meta, *keys)
     return sets
-
-
-def write_scores(args, loaded, sets, results, bounds):
-    """Write both tables and what they were made from as JSON, then print the tables."""
-    facts = {"args": vars(args), "commit": commit(), "torch": torch.__version__}
-    facts["threads"] = torch.get_num_threads()
-    facts["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
-    facts["data"] = {str(f.resolve()): meta["sha256"] for f, (meta, _, _) in sets.items()}
-    facts["checkpoints"] = [
-        {"path": str(path), "step": saved.get("step")}
-        for path, (_, saved, _) in zip(args.checkpoint, loaded, strict=True)
-    ]
-    facts |= {"results": results, "bound": bounds}
-    try:
-        with atomic_write(args.output) as file:
-            file.write(json.dumps(facts, indent=1, default=str) + "\n")
-    finally:  # a full disk loses no scores
-        say("\n\n".join(table(rows) for rows in (results, bounds) if rows))
-    say(f"written to {args.output}")
 
 
 def parse_args():
@@ -465,13 +384,10 @@ def parse_args():
     paths = dict(type=Path, nargs="+", default=[])
     add("--checkpoint", **paths, help="checkpoints or run folders (default: runs/owt-esd)")
     add("--samples", **paths, help="samples made elsewhere: .jsonl or text (default: none)")
-    text = "data sets, the first for controls, all for the bound (default: as trained)"
-    add("--data", **paths, help=text)
+    add("--data", **paths, help="first for controls, all for the bound (default: as trained)")
     add("--entropy", type=float, help="draw at the temperature of this entropy, nats")
-    text = "bound the likelihood of this many validation rows; without --nfe nothing else is done"
-    add("--bound", type=positive, help=text)
-    text = "JSON to write (default: evaluation.json in the run's folder; bound.json for that alone)"
-    add("--output", type=Path, help=text)
+    add("--bound", type=positive, help="bound this many validation rows; alone, without --nfe")
+    add("--output", type=Path, help="JSON (default: evaluation.json or bound.json by the model)")
     add("--judge", default="gpt2-large", help="language model for gen-PPL: hub name or folder")
     add("--judge-batch", type=positive, default=8, help="texts the judge reads at once")
     sample.sampling_flags(parser, count=1024, several=True)
@@ -482,7 +398,7 @@ def parse_args():
     if args.nfe is None:
         args.nfe = [] if args.bound else [1]
     if not args.output:
-        last = (args.checkpoint or [Path()])[-1]
+        last = args.checkpoint[-1] if args.checkpoint else Path()
         stem = "evaluation" if args.nfe or args.samples else "bound"
         of_file = last.parent / f"{stem}-{last.stem}.json"
         args.output = last / f"{stem}.json" if last.is_dir() else of_file
@@ -491,33 +407,21 @@ def parse_args():
 
 def main():
     args = parse_args()
-    loaded = [load_sampler(path, args.device) for path in args.checkpoint]
+    saved = {path: load_sampler(path, args.device)[1] for path in args.checkpoint}
     check_output("--output", args.output, ".json")
-    block_sizes = [saved["args"].get("block_size") for _, saved, _ in loaded]
-    if any(block_sizes) and (args.bound or args.entropy):
+    if (args.bound or args.entropy) and any(f["args"].get("block_size") for f in saved.values()):
         raise SystemExit("--bound and --entropy need models of whole rows, without --block-size")
-    sets = data_sets(args, loaded)
-    meta, train, val = next(iter(sets.values()), (None, None, None))
-    samples = [read_samples(path) for path in args.samples]
-    names = [p.name if p.is_dir() else f"{p.parent.name}/{p.stem}" for p in args.checkpoint]
-    results = []
-    if args.nfe or samples:
-        scorer = Scorer(args, meta, train)
-        blank = dict(sampler=None, nfe=None, gamma=None, temperature=None)
-        if meta:
-            for name, ids in control_rows(meta, train, val, args.num_samples, args.seed).items():
-                results.append(scorer.score(name, ids, **blank))
-        for path, texts in zip(args.samples, samples, strict=True):
-            ids = to_ids(texts, meta) if meta else None
-            results.append(scorer.score(path.name, ids, texts, **blank))
-        for name, (model, _, euler), size in zip(names, loaded, block_sizes, strict=True):
-            results += model_rows(args, scorer, name, model, euler, size)
-    bounds = []
-    if args.bound:
-        for name, (model, _, _) in zip(names, loaded, strict=True):
-            for folder, (its_meta, _, its_val) in sets.items():
-                bounds.append(bound_row(name, folder, model, its_val, its_meta, args))
-    write_scores(args, loaded, sets, results, bounds)
+    sets = data_sets(args, saved)
+    found = dict(args=vars(args), commit=commit(), results=[], bound=[], torch=torch.__version__)
+    found["data"] = {str(folder.resolve()): meta["sha256"] for folder, (meta, *_) in sets.items()}
+    found["checkpoints"] = [{"path": str(p), "step": facts["step"]} for p, facts in saved.items()]
+    for name, row in evaluation(args, sets):
+        found[name].append(row)
+        say(", ".join(f"{key} {cell(value)}" for key, value in row.items() if value is not None))
+        with atomic_write(args.output) as file:  # a killed evaluation keeps the rows so far
+            file.write(json.dumps(found, indent=1, default=str) + "\n")
+    say("\n\n".join(table(found[name]) for name in ("results", "bound") if found[name]))
+    say(f"written to {args.output}")
 
 
 if __name__ == "__main__":

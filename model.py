@@ -29,17 +29,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 
+
 # ---- The interpolant x_t = alpha_t x0 + beta_t x1 (37, 47). ------------------------------------
-
-
 class Interpolant(NamedTuple):
     """A path between noise and data, and the coefficients of its flow, elementwise in the times.
 
     All are ratios of alpha and of two combinations that stay finite at both ends:
         Delta_st = alpha_s beta_t - alpha_t beta_s        linear path: t - s
         Wr_t     = alpha_t beta'_t - alpha'_t beta_t      linear path: 1      (the Wronskian)
-    Wr_t must be positive for t < 1: ESD divides by Wr_s, LSD by Wr_t.
-    """
+    Wr_t must be positive for t < 1: ESD divides by Wr_s, LSD by Wr_t."""
 
     alpha: Callable
     beta: Callable
@@ -131,8 +129,7 @@ def schedule_table(kind, vocab_size, blend):
     """Knots (tau, b) of the schedule, two float64 tensors (n,), both rising from 0 to 1.
 
     b = beta / (alpha + beta). "linear" is b = tau. "argmax" makes the accuracy of the argmax grow
-    linearly, P(b) = 1/V + tau (1 - 1/V), blended as blend * b(tau) + (1 - blend) * tau.
-    """
+    linearly, P(b) = 1/V + tau (1 - 1/V), blended as blend * b(tau) + (1 - blend) * tau."""
     b = torch.linspace(0, 1, 2001, dtype=torch.float64)
     if kind == "linear":
         return b, b
@@ -149,8 +146,7 @@ def lagged(tau, lag, L):
     """tau_l and d tau_l / d tau (n, L) of each position when the row's progress is tau (n, 1) (38).
 
     Our choice: logit(tau_l) = logit(tau) - lag (l / (L - 1) - 1/2). Earlier positions go first, all
-    start at 0 and, up to `MAX_PROGRESS`, end at 1 together; the rate stays within exp(+-lag/2).
-    """
+    start at 0 and, up to `MAX_PROGRESS`, end at 1 together; the rate stays within exp(+-lag/2)."""
     odds = torch.exp(lag * (torch.linspace(0, 1, L, dtype=tau.dtype) - 0.5))  # tau's over tau_l's
     denominator = tau + (1 - tau) * odds
     return tau / denominator, odds / denominator**2
@@ -185,8 +181,7 @@ class ModelConfig:
 class TimeEmbedding(nn.Module):
     """Times (B, 1 or L) -> features (B, 1 or L, width).
 
-    1 to 8 rad per unit time: with the usual 1,000 rad the derivative in time (ESD) is noise.
-    """
+    1 to 8 rad per unit time: with the usual 1,000 rad the derivative in time (ESD) is noise."""
 
     def __init__(self, width):
         super().__init__()
@@ -234,8 +229,7 @@ class Block(nn.Module):
     """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero).
 
     Another block is a class with this `forward`, named in `DiT.__init__`. LSD and ESD differentiate
-    it forward in time, so it needs operations that torch.func.jvp knows.
-    """
+    it forward in time, so it needs operations that torch.func.jvp knows."""
 
     def __init__(self, config):
         super().__init__()
@@ -251,8 +245,7 @@ class Block(nn.Module):
     def forward(self, h, time, rotary, past=None, causal=False):
         """h (B, L, D), time (B, 1 or L, time_width) -> h and this block's (keys, values).
 
-        past: the (keys, values) of a context, which those returned then include.
-        """
+        past: the (keys, values) of a context, which those returned then include."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, -1)
         x = self.qkv(modulate(norm(h), shift_a, scale_a)).unflatten(2, (3, self.heads, -1))
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, heads, L, D / heads) each
@@ -313,8 +306,7 @@ class DiT(nn.Module):
         """y (B, L, D) at time s -> h_st (B, L, D); the mean denoiser is softmax(h_st @ head.T).
 
         context: None for whole rows, or a pair: each block's keys and values of a clean context, or
-        None; and cos and sin of the positions of y. Times: (B, 1 or L), 0 <= s <= t <= 1.
-        """
+        None; and cos and sin of the positions of y. Times: (B, 1 or L), 0 <= s <= t <= 1."""
         L = y.shape[1]
         keys, rotary = context or ([None] * len(self.blocks), (self.cos[:L], self.sin[:L]))
         h = y
@@ -328,8 +320,7 @@ class DiT(nn.Module):
         """(h_st with its graph, its derivative along (dy, ds, dt) without one).
 
         dy = b_s(y) and ds = 1 give D_s of the Eulerian identity (25), dt = 1 gives d/dt of the
-        Lagrangian one (24). The head turns dh into the derivative of the logits, linear in h.
-        """
+        Lagrangian one (24). The head turns dh into the derivative of the logits, linear in h."""
         pairs = zip((y, s, t), (dy, ds, dt), strict=True)
         tangents = [torch.zeros_like(x) if dx is None else dx.to(x.dtype) for x, dx in pairs]
         return self(y, s, t, context), self.tangent((y, s, t), tuple(tangents), context)
@@ -351,8 +342,7 @@ class DiT(nn.Module):
         """Causal pass over clean tokens (B, c) at time 1: each block's (keys, values).
 
         Keys and values: (B, heads, c, D / heads). past: an earlier result, of the tokens just
-        before these, which the new one extends.
-        """
+        before these, which the new one extends."""
         start = past[0][0].shape[2] if past else 0
         positions = slice(start, start + tokens.shape[1])
         h = F.embedding(tokens, self.embedding)
@@ -376,8 +366,7 @@ class DiT(nn.Module):
     def noise_factor(self):
         """R of shape (noise_size, D) with R^T R = W^T W, differentiable in W.
 
-        It costs 4 V D^2 FLOPs a step, gradient included; V normals would cost 4 V D a token.
-        """
+        It costs 4 V D^2 FLOPs a step, gradient included; V normals would cost 4 V D a token."""
         W = self.embedding
         if self.held_factor is not None:
             return self.held_factor
@@ -403,8 +392,7 @@ class DiT(nn.Module):
     def interpolate(self, xi, clean, t):
         """y_t = alpha_t x0 W + beta_t x1 W (37): t (B, 1 or L) -> (B, L, D).
 
-        clean: the tokens of x1 (B, L), or x1 W itself (B, L, D), as of a soft sample.
-        """
+        clean: the tokens of x1 (B, L), or x1 W itself (B, L, D), as of a soft sample."""
         if not clean.is_floating_point():
             # The gradient of plain indexing is summed in random order on several threads.
             clean = F.embedding(clean, self.embedding)
@@ -454,10 +442,7 @@ class DiT(nn.Module):
 
 
 class Conditional:
-    """A DiT on a block at `positions` (n,) with `keys` that `encode` gave, or None.
-
-    Everything else is the network's own.
-    """
+    """A DiT on a block at `positions` (n,) after the context `keys`, from `encode`, or None."""
 
     def __init__(self, model, keys, positions):
         self.model = model
@@ -480,8 +465,6 @@ class Conditional:
 
 
 # ---- Losses over a vocabulary, without logits of shape (B, L, V). ------------------------------
-
-
 def softmax(z):
     """psi from logits, in at least float32: an average of posteriors (58) is on the simplex."""
     return at_least_float32(z).softmax(-1)
@@ -538,8 +521,7 @@ class RowLoss(NamedTuple):
     """A loss on rows of logits z (n, V): function(z, *rows of the tensors in by_row, *shared).
 
     It returns a report {"loss": (n,), "distance": (n,), ...}, with distance |q - p| from prediction
-    to target, and the gradient g (n, V) on z. by_row and shared are constants of the gradient.
-    """
+    to target, and the gradient g (n, V) on z. by_row and shared are constants of the gradient."""
 
     function: Callable
     by_row: tuple = ()
@@ -590,8 +572,7 @@ def head_loss(h, head, scale, row_loss, c, r, compiled=False):
     """sum_i scale_i w_i loss_i, differentiable in h (N, D) and head (V, D), and a report per row.
 
     w_i = (distance_i^2 + c)^-r is the adaptive weight (45), a constant like scale (N,). The report
-    {name: (N,)} has the plain "loss", "weighted" (w_i loss_i), and what the `RowLoss` adds.
-    """
+    {name: (N,)} has the plain "loss", "weighted" (w_i loss_i), and what the `RowLoss` adds."""
     return HeadLoss.apply(h, head, scale, row_loss, c, r, compiled)
 
 
@@ -602,13 +583,10 @@ def entropy(p):
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
 # Randomness: a function of (seed, step, row of the global batch), however those rows are split.
-
-
 class Draw:
     """Random numbers of rows (n,) of a step's global batch; each call draws fresh ones.
 
-    The same calls give a row the same numbers, whichever rows are drawn with it.
-    """
+    The same calls give a row the same numbers, whichever rows are drawn with it."""
 
     def __init__(self, seed, step, rows, device, calls=0):
         self.seed = seed
@@ -653,14 +631,11 @@ class Draw:
 
 
 # ---- Checkpoints: runs/NAME/checkpoint-STEP.pt, a dict of tensors and plain builtins. ----------
-
-
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file to write that appears at `path` only when it is complete and on disk.
 
-    SystemExit if it cannot be written, as on a full disk.
-    """
+    SystemExit if it cannot be written, as on a full disk."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -712,8 +687,7 @@ def load_model(source, device="cpu", **changes):
     """(DiT with the averaged weights in eval mode, the dict) of a checkpoint: a path or its dict.
 
     It needs "ema", "model_config", "meta" and "args" alone. changes: entries of its `ModelConfig`
-    to replace that no weight depends on, such as seq_len.
-    """
+    to replace that no weight depends on, such as seq_len."""
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     model = DiT(ModelConfig(**checkpoint["model_config"] | changes))
     model.load_state_dict(checkpoint["ema"], strict=True)

@@ -22,7 +22,6 @@ a data set is complete or absent.
 
 import argparse
 import bisect
-import collections
 import contextlib
 import fcntl
 import functools
@@ -41,7 +40,7 @@ import numpy as np
 SOURCES = {  # the defaults of the flags that depend on what is prepared
     "grammar": dict(tokenizer="grammar", seq_len=10),
     "owt": dict(source=["Skylion007/openwebtext"], tokenizer="gpt2", seq_len=1024)
-    | dict(documents="paragraph", val_documents=100_000),
+    | dict(documents="paragraph", val_documents=100_000),  # the last of the hub's only split
     "lm1b": dict(source=["dvruette/lm1b"], tokenizer="bert", seq_len=128, documents="line"),
     "text8": dict(source=["afmck/text8"], tokenizer="char", seq_len=256),
     "file": dict(tokenizer="gpt2", seq_len=128),
@@ -49,8 +48,6 @@ SOURCES = {  # the defaults of the flags that depend on what is prepared
 
 
 # ---- From documents to rows. -------------------------------------------------------------------
-
-
 def batches(items):
     """Lists of up to 1,000 items: enough to share between threads, small enough for the memory."""
     items = iter(items)
@@ -61,8 +58,7 @@ def batches(items):
 def pack(documents, seq_len, bos, eos):
     """Join documents (integer sequences) and cut them, as above, into blocks of uint16 rows (n, L).
 
-    With bos = eos = None nothing is added, and the stream is cut every L tokens.
-    """
+    With bos = eos = None nothing is added, and the stream is cut every L tokens."""
     body = seq_len if bos is None else seq_len - 2
     end = [] if eos is None else [eos]
     stream = np.zeros(0, np.uint16)  # what is not yet in a row
@@ -127,14 +123,10 @@ def load_texts(args):
     else:
         for path in paths:
             if kind(path) not in KINDS or not path.is_file():
-                expected = f"expected files of {', '.join(KINDS)}, or folders of them"
-                raise SystemExit(f"--source {path} is no file of text; {expected}")
+                raise SystemExit(f"--source {path} is no file or folder of {', '.join(KINDS)}")
         files = (read_file(path, args.column, args.documents) for path in paths)
         splits = [itertools.chain.from_iterable(files)]  # one file is open at a time
-    splits = [texts(itertools.islice(split, args.limit), args.column) for split in splits]
-    if args.val_documents and len(splits) == 1:
-        return hold_out(splits[0], args.val_documents)
-    return splits
+    return [texts(itertools.islice(split, args.limit), args.column) for split in splits]
 
 
 def read_file(path, column, documents):
@@ -188,7 +180,11 @@ def hub_records(args):
         names = [name for name in ("train", "validation", "test") if name in found][:2]
         if not names:
             raise ValueError(f"it has {[*found]}, expected train, validation or test")
-        return [found[name].select_columns([args.column]) for name in names]
+        train, *val = [found[name].select_columns([args.column]) for name in names]
+        if args.val_documents and not val:
+            cut = len(train) - args.val_documents
+            return [train.select(range(cut)), train.select(range(cut, len(train)))]
+        return [train, *val]
 
 
 def texts(records, column):
@@ -210,18 +206,6 @@ def texts(records, column):
         say(f"{halves:,} documents hold half a surrogate pair: it becomes U+FFFD")
 
 
-def hold_out(texts, count):
-    """Split off the last `count` texts. They are known once the others have been read."""
-    held = collections.deque(itertools.islice(texts, count))
-
-    def others():
-        for text in texts:
-            held.append(text)
-            yield held.popleft()
-
-    return [others(), held]
-
-
 def build(args, folder):
     """Write train.bin, val.bin and meta.json into `folder`; return the last as a dict."""
     source_rows = grammar_split if args.name == "grammar" else text_rows
@@ -234,8 +218,7 @@ def build(args, folder):
         val = [[rows[-held:]]]
     val_rows = write_rows(folder / "val.bin", val[0])
     if not train_rows or not val_rows:
-        advice = "add text, or lower --seq-len or --val-documents"
-        raise SystemExit(f"the text is too short for rows of {args.seq_len}: {advice}")
+        raise SystemExit(f"too little text for rows of {args.seq_len}: add more or lower --seq-len")
     meta = dict(name=args.name, source=args.source, seq_len=args.seq_len, **tokenizer)
     meta |= dict(train_rows=train_rows, val_rows=val_rows)
     rows = {split: read_rows(folder, split, meta).ravel() for split in ("train", "val")}
@@ -252,8 +235,6 @@ def build(args, folder):
 # ---- Tokenizers. -------------------------------------------------------------------------------
 # meta.json holds {tokenizer, vocab_size, bos_id, eos_id, pad_id} and, except for GPT-2,
 # {vocab, join}: the strings by token id, and the string that joins them.
-
-
 @functools.cache
 def gpt2():
     """GPT-2's tokenizer."""
@@ -301,8 +282,9 @@ def encoder(meta):
         return lambda text: bert(text, add_special_tokens=False)["input_ids"]
 
     def encode(text):
-        with explain("not in the vocabulary", "use other words"):
-            return [index[word] for word in (text.split() if meta["join"] else text)]
+        words = text.split() if meta["join"] else text
+        with explain("not in the vocabulary", r"a line break is typed as $'a\nb'"):
+            return [index[word] for word in words]
 
     return encode
 
@@ -328,8 +310,6 @@ def decode(meta, ids):
 
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
-
-
 def prepare(args):
     """Build the data set beside its target, then rename it; return its meta.json as a dict."""
     files = ["train.bin", "val.bin", "meta.json"]
@@ -392,8 +372,8 @@ def same_tokens(path, trained_meta, folder, meta, *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
             values = "" if key in ("vocab", "sha256") else f": {was} and {meta.get(key)}"
-            found = f"{path} and {folder} differ in {key}{values}"
-            raise SystemExit(f"{found}; give a checkpoint and --data of the same {key}")
+            found = f"{path} was trained on other data than {folder}, by {key}{values}"
+            raise SystemExit(f"{found}; give its own, or train stage 1 on with --init")
 
 
 @contextlib.contextmanager
@@ -450,8 +430,6 @@ def parse_args():
     add("--column", default="text", metavar="NAME", help="the column or key that holds the text")
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
-    text = "hold out the last N if the hub gives no split (default: owt 100000, else 0: 5%% of it)"
-    add("--val-documents", type=int, metavar="N", help=text)
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")
 
@@ -459,8 +437,7 @@ def parse_args():
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
     add("--bert", default="bert-base-uncased", help="hub name or folder of the bert tokenizer")
     add("--seq-len", type=positive, metavar="L", help="BOS and EOS included (default: as above)")
-    text = "threads of the gpt2 tokenizer; bert takes every core, or RAYON_NUM_THREADS of them"
-    add("--workers", type=positive, default=os.cpu_count() or 1, help=text)
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="threads of gpt2's tokenizer")
     args = parser.parse_args()
 
     defaults = dict(source=[], documents="document", val_documents=0) | SOURCES[args.name]
@@ -480,7 +457,7 @@ def main():
         meta = read_meta(args.out)
         for key in ("name", "source", "tokenizer", "seq_len"):
             if meta.get(key) != vars(args)[key]:
-                found = f"{args.out} is already there, with {key} {meta.get(key)}"
+                found = f"{args.out} is there, with {key} {meta.get(key)}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
         say(f"{args.out} is already there; --force makes it again")
         return

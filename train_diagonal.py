@@ -62,9 +62,8 @@ from model import (
 )
 from prepare_data import new_parser, positive, say
 
+
 # ---- The objective. ----------------------------------------------------------------------------
-
-
 def cross_entropy(z, tokens):
     """-log psi(token) (22) for logits z (n, V) and tokens (n,): a function for `RowLoss`."""
     target = tokens[:, None]
@@ -79,8 +78,7 @@ def diagonal_loss(model, tokens, draw, power=0.5, target=None):
 
     power: the exponent r of (45). Only r = 0 learns E[x1 | x_t]: the weight depends on the token
     drawn, and the paper's r = 0.5 favours likely ones, so samples are sharper and less varied.
-    target: a function of y (B, L, D) and t, returning a `RowLoss` to minimise instead.
-    """
+    target: a function of y (B, L, D) and t, returning a `RowLoss` to minimise instead."""
     B, L = tokens.shape
     tau = draw.uniform(1)
     t = model.times(tau).float().to(tokens.device, non_blocking=True)  # (B, 1 or L)
@@ -94,14 +92,11 @@ def diagonal_loss(model, tokens, draw, power=0.5, target=None):
 
 
 # ---- Clean contexts (section 4.2). -------------------------------------------------------------
-
-
 def draw_contexts(L, draw, args):
     """(start, length, context) of each row, (B,) each.
 
     A row's block is its `length` tokens from `start`. Its context is its first `context` tokens:
-    all before the block, or none where the context is dropped.
-    """
+    all before the block, or none where the context is dropped."""
     size = args.block_size or L
     quarter, drop = draw.uniform(2).unbind(1)
     # All rows share one random offset, so a step has only four places, L / 4 apart, and rows with
@@ -119,8 +114,7 @@ def by_context(loss, networks, tokens, draw, args):
     """loss(*networks, tokens, draw), or under --context its mean over rows of blocks and contexts.
 
     A row's context is whole blocks ("block") or any number of tokens ("any"). Rows of equal lengths
-    run together, so no mask is needed and the fused attention kernels serve.
-    """
+    run together, so no mask is needed and the fused attention kernels serve."""
     if not args.context:
         return loss(*networks, tokens, draw)
     start, length, context = draw_contexts(tokens.shape[1], draw, args)
@@ -144,14 +138,11 @@ def by_context(loss, networks, tokens, draw, args):
 
 
 # ---- Gradients. --------------------------------------------------------------------------------
-
-
 def gradients(params, objective, model, batches, surgery):
     """Gradients of one step: (list like params, {name: mean scalar}), the same on every rank.
 
     batches: this rank's micro-batches, a list of (tokens, draw). Each loss is averaged over all
-    micro-batches and ranks before the losses are added or, under surgery, projected.
-    """
+    micro-batches and ranks before the losses are added or, under surgery, projected."""
     device = params[0].device.type
     by_loss = {}  # {loss: its gradients}, in order of priority
     scalars = {}
@@ -191,8 +182,7 @@ def add_to(sums, values):
 def average(tensors):
     """Replace tensors by their mean over all ranks, in place.
 
-    Not DistributedDataParallel: surgery needs two averaged gradients before it adds them.
-    """
+    Not DistributedDataParallel: surgery needs two averaged gradients before it adds them."""
     if dist.is_initialized():
         flat = torch.nn.utils.parameters_to_vector(tensors)  # one message, not one per parameter
         dist.all_reduce(flat)
@@ -203,8 +193,7 @@ def average(tensors):
 def remove_conflict(first, second):
     """Gradient surgery: if <second, first> < 0, remove from `second` its part along `first`.
 
-    Both are lists over all parameters. In place; returns 1.0 if there was a conflict, else 0.0.
-    """
+    Both are lists over all parameters. In place; returns 1.0 if there was a conflict, else 0.0."""
     inner = torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
     square = torch.stack([a.square().sum() for a in first]).sum()
     share = inner.clamp(max=0) / square.clamp(min=torch.finfo(square.dtype).tiny)
@@ -364,8 +353,6 @@ def means(sums, count):
 
 
 # ---- Machinery: skip at first reading. ---------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, rows):
     """A permutation of range(rows)."""
@@ -408,13 +395,12 @@ class Log:
 
     def speed(self):
         """Seconds a step since `reset`, compilation included, and tokens a second."""
+        peak = {}
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+            peak = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         seconds = (time.perf_counter() - self.clock) / self.steps
-        speed = {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds}
-        if self.device.type == "cuda":
-            speed["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return speed
+        return {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds} | peak
 
     def write(self, done, extra):
         """Write a line, from rank 0. SystemExit if more than SKIP_LIMIT steps in a row were bad."""
@@ -423,7 +409,7 @@ class Log:
         good = self.steps - skipped
         self.bad_steps = 0 if good else self.bad_steps + self.steps
         if self.bad_steps > SKIP_LIMIT:
-            found = f"no gradient was finite in the last {self.bad_steps} steps up to {done}"
+            found = f"no finite gradient in {self.bad_steps} steps up to {done}"
             raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
         line = {"step": done} | {name: value / good for name, value in sums.items() if good}
         line |= ({"skipped": skipped} if skipped else {}) | extra
@@ -442,16 +428,12 @@ class Log:
     def say(self, text):
         """Print a line, above the progress bar, from rank 0."""
         if self.rank == 0:
-            self.bar.clear()
-            say(text)
-            self.bar.refresh()
+            with self.bar.external_write_mode():
+                say(text)
 
 
 def start_ranks(args):
-    """(rank, world size, device) of this process; under torchrun it joins the process group.
-
-    Fills in the defaults of args that depend on them.
-    """
+    """(rank, world size, device) of this process; fills in what args leave to the machine."""
     rank, world = 0, 1
     device = torch.device(args.device)
     backend = "gloo"
@@ -470,8 +452,8 @@ def start_ranks(args):
     if args.micro_batch is None:  # the largest divisor of this rank's rows, up to 64
         args.micro_batch = max(n for n in range(1, min(64, max(1, rows)) + 1) if rows % n == 0)
     if args.batch_size % (world * args.micro_batch):
-        found = f"--batch-size {args.batch_size} is not a multiple of {world} ranks"
-        raise SystemExit(f"{found} x --micro-batch {args.micro_batch}: change one of them")
+        unit = f"{world} ranks x --micro-batch {args.micro_batch}"
+        raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of {unit}")
     if args.compile is None:
         args.compile = args.device == "cuda"
     compilers = [os.environ.get("CXX", "g++")]
@@ -495,16 +477,14 @@ def check_ranks_agree(step, meta):
     with contextlib.suppress(RuntimeError):  # the connection to a rank that failed is closed
         dist.all_gather_object(found, (step, meta["sha256"]))
     if any(other != found[0] for other in found) or not found[0]:
-        expected = "all machines must see the same --data, --checkpoint and --out"
-        raise SystemExit(f"a rank failed to start, or has other data or another step: {expected}")
+        raise SystemExit("a rank failed to start or sees other files; all need the same folders")
 
 
 def read_resumed(args, meta, rank):
     """The newest checkpoint of args.out if args.resume and there is one, else None: a new run.
 
     Says which flags have changed since. SystemExit if args.out holds a run that is not to be
-    resumed, one on other data or one that has ended, the last with exit code 0.
-    """
+    resumed, one on other data or one that has ended, the last with exit code 0."""
     found = checkpoints(args.out)
     if not args.resume and (found or (args.out / "log.jsonl").exists()):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
@@ -524,10 +504,7 @@ def read_resumed(args, meta, rank):
 
 
 def claim_folder(args, start):
-    """Make args.out this run's: lock it, describe the start, drop what the log has beyond it.
-
-    Returns the open config.jsonl, which holds the lock until it is closed.
-    """
+    """Add this start to config.jsonl, returned open and locked, and cut the log back to it."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = open(args.out / "config.jsonl", "a")  # noqa: SIM115
     try:
@@ -548,8 +525,6 @@ def claim_folder(args, start):
 
 
 # ---- Flags. ------------------------------------------------------------------------------------
-
-
 def training_flags(parser, steps, steps_help="optimizer steps"):
     """The flags that both stages share."""
     add = parser.add_argument_group("training").add_argument
@@ -573,8 +548,7 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
     add = parser.add_argument_group("speed and memory").add_argument
-    yes_no = argparse.BooleanOptionalAction
-    add("--compile", action=yes_no, help="torch.compile (default: on cuda)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda alone")
     add("--activation-checkpointing", action="store_true", help="recompute blocks to save memory")
 
 
@@ -584,11 +558,9 @@ def model_flags(parser):
     add("--size", choices=list(SIZES), default="base", help="network; base is the paper's 170M")
     add("--schedule", choices=["argmax", "linear"], default="argmax", help="how to draw times (36)")
     add("--schedule-blend", type=float, default=0.9, help="lambda of the argmax schedule")
-    text = "earlier positions first (38): the last's odds are exp(-LAG) the first's, up to +-8"
-    add("--position-lag", type=float, default=0.0, metavar="LAG", help=text)
+    add("--position-lag", type=float, default=0.0, help="earlier positions first (38), up to +-8")
     add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
-    text = "start from the weights and shape of this checkpoint, of either stage (default: random)"
-    add("--init", type=Path, metavar="PATH", help=text)
+    add("--init", type=Path, metavar="PATH", help="start from the network of this checkpoint")
     add = parser.add_argument_group("prompts").add_argument
     add("--context", choices=["block", "any"], help="learn after whole blocks, or any clean tokens")
     add("--block-size", type=positive, help="tokens written at once (default: all that follow)")

@@ -64,7 +64,7 @@ TEXT = {
     "longer": "--steps 940 --cooldown 750",
     "dmd": f"{MATCH} --steps 300 --cooldown 150",
     "evaluate": f"{SCORE} --num-samples 256 --judge runs/judge-stories",
-    "scores": ["gen_ppl", "entropy", "distinct_4"],
+    "scores": ["gen_ppl", "entropy"],
 }
 WORDS = {
     "data": "data/words",
