@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from prepare_data import new_parser, read_meta
 
 START = time.monotonic()
-# Seconds at 170M parameters: estimates, no GPU has run this yet.
+# Estimates in seconds: no GPU has run this yet.
 SECONDS = dict(data=5, check=120, steps=120, sampling=60)
 SECONDS |= dict(diagonal=130, psd=130, dmd=130, esd=130, scores=50)
 LEAST = 60  # a shorter training is not worth its start and compilation
