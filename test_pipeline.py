@@ -208,32 +208,32 @@ def work(tmp_path_factory):
 # The whole road. The longest test stands first, so that no worker is left waiting for it.
 
 
-def test_gpu_dry_run(tmp_path, monkeypatch):
-    """All that is to be measured on a GPU runs at toy size, and goes on after a failure."""
-    real = subprocess.run
+def test_gpu_dry_run(tmp_path):
+    """The plan for a GPU, at toy size: in order, within its minutes, and on from where it ended."""
 
-    def in_this_process(words, **how):
-        """Most commands are Python programs, whose start takes longer than their work."""
-        if words[0] != sys.executable or "-m" in words:
-            return real(words, **how)
-        done = run(tmp_path, shlex.join([os.path.relpath(words[1], HERE), *words[2:]]), ok=False)
-        how["stdout"].write(done.stdout + done.stderr)
-        return done
+    def outcome(minutes):
+        finish(start(tmp_path, f"benchmarks/gpu.py --dry-run --out all --minutes {minutes}"))
+        lines = read_lines(tmp_path / "all/record.jsonl")
+        return [(line["name"], line["ok"], "skipped" in line) for line in lines]
 
-    monkeypatch.setattr(subprocess, "run", in_this_process)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = run(tmp_path, "benchmarks/gpu.py --dry-run --out o --parts psd", ok=False)
-    assert "some commands failed" in done.stderr
-    assert "o/psd.log" in done.stdout
+    order = "check steps sampling diagonal psd dmd esd scores".split()
+    few = outcome(0.4)  # nine seconds, and fifteen to save and exit
+    assert few == [("data", True, False), *((name, False, True) for name in order[:-1])]
+    both = outcome(20)
+    assert both[len(few) :] == [(name, True, False) for name in order]
+    assert outcome(20) == both
+    found = {name: tmp_path / f"all/{name}.json" for name in ("check", "steps", "scores")}
+    found = {name: json.loads(path.read_text()) for name, path in found.items()}
+    assert len(found["check"]) == 12
+    assert all(row["percent"] < 2 for row in found["check"])
+    assert [row["percent"] for row in found["check"] if row["loss"] == "resumed"] == [0, 0]
+    steps = {row["step"]: row for row in found["steps"]}
+    assert all(steps[name]["seconds"] > 0 for name in ("diagonal", "psd", "esd", "V-sized"))
+    assert len(found["scores"]["bound"]) == 4
+    failing = start(tmp_path, "benchmarks/gpu.py --dry-run --out o --parts psd")
+    output = finish(failing, codes=(1,))
+    assert "some commands failed: see o/psd.log" in output
     assert "runs/diagonal" in (tmp_path / "o/psd.log").read_text()
-    assert "prepare_data.py" in run(tmp_path, "benchmarks/gpu.py --dry-run --out all").stdout
-    codes = [line["code"] for line in read_lines(tmp_path / "all/record.jsonl")]
-    assert codes == [0] * 22
-    agreement = json.loads((tmp_path / "all/ranks.json").read_text())
-    assert all(float(row["furthest from bfloat16"]) < 1e-2 for row in agreement)
-    assert json.loads((tmp_path / "all/scores.json").read_text())["bound"]
-    again = run(tmp_path, "benchmarks/gpu.py --dry-run --out all").stdout
-    assert "prepare_data.py" not in again  # what ended well is not repeated
 
 
 @pytest.mark.parametrize("loss", ["psd", "lsd", "esd"])

@@ -1,272 +1,299 @@
-"""Everything to measure when a CUDA machine is at hand for minutes, one part after another.
+"""What to measure where a GPU can be had for minutes: the most valuable first, in --minutes.
 
-    # Any text of some 20M tokens, prepared where there is a network:
-    python prepare_data.py file --source wiki.txt --documents line --seq-len 128 --out data/wiki
-    python benchmarks/gpu.py                      # all parts, each in under nine minutes on an H100
-    python benchmarks/gpu.py --parts speed        # one part; what has finished is not repeated
-    python benchmarks/gpu.py --dry-run            # all of it on the CPU, at toy size, in a minute
+    export TIKTOKEN_CACHE_DIR=data/gpu/tiktoken         # here and beside the GPU
+    # Where there is a network: some 20M tokens, 40 MB. Or --source my.txt --documents line.
+    python prepare_data.py file --source Salesforce/wikitext --config wikitext-103-raw-v1 \\
+        --limit 300000 --out data/gpu/rows
+    # Copy the repository with data/gpu in it. Then, beside the GPU:
+    python benchmarks/gpu.py                            # nine minutes
+    python benchmarks/gpu.py --minutes 4                # goes on where that one ended
+    python benchmarks/gpu.py --dry-run                  # everything at toy size, on a CPU
 
-    speed     steps and sampling at the paper's size: time, memory, MFU, beside the peers' way and
-              a next-token step; the five slowest kernels
-    ranks     two ranks on one GPU, a resumed run, and float32 beside bfloat16: the same losses?
-    judge     a small judge of text, trained on --data
-    diagonal  eight minutes of stage 1 on --data; then psd, esd and dmd, five minutes each
-    choices   the linear schedule, ESD with more jumps from noise, ESD by its signed form
-    blocks    blocks after a context: four minutes of training, then guidance
-    scores    gen-PPL by the judge, entropy and the likelihood bound of all but `blocks`
+For gen-PPL put a judge beside the rows, in data/gpu/judge: a causal language model and its
+tokenizer, as save_pretrained of transformers writes them, in half precision. The parts:
 
-Each command's output goes to results/gpu/NAME.log as it runs, its numbers to NAME.json or .jsonl,
-and a line about it to results/gpu/record.jsonl: hardware, versions, time, exit code. A command that
-fails does not stop the others. What ended well is not run again; delete its line to repeat it.
+    check     five steps of each loss in float32, bfloat16 and compiled: how far are they from the
+              CPU's (2% is near enough)? Does a run resume with the same losses?
+    steps     time, memory and MFU of diagonal, PSD, ESD and next-token steps, and of the peers' way
+              with states of size V: 170M parameters, 64 rows of 1,024 tokens
+    sampling  the same for sampling at 1, 4 and 32 NFE; the slowest kernels of a step
+    diagonal  90 seconds of stage 1; then of psd and esd from it, and of dmd from the PSD map
+    scores    the likelihood bound of these networks and, with a judge, gen-PPL
+
+The budget counts from the start of this program, compilation included. A command starts if its
+estimate fits in what is left, and is stopped before the budget ends; trainings share what is left.
+Output goes to results/gpu/NAME.log as it comes, numbers to NAME.json or .jsonl, and a line for each
+command, run or skipped, to record.jsonl, with the seconds until a training logs (`log_after`). What
+ended well, even with errors in its table, is not run again: delete its line there.
 """
 
 import argparse
-import datetime
+import contextlib
+import importlib.metadata
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
+# PyTorch is imported only where it is needed, since that takes seconds.
+from prepare_data import new_parser, read_meta
 
-from evaluate import table
-from prepare_data import Help, read_meta
-
-ROOT = Path(__file__).parent.parent
-
-# ------------------------------------------------------------------------------------------------
-# One command, and its line in the record.
+START = time.monotonic()
+# Estimates in seconds: no GPU has run this yet.
+SECONDS = dict(data=5, check=120, steps=120, sampling=60)
+SECONDS |= dict(diagonal=130, psd=130, dmd=130, esd=130, scores=50)
+LEAST = 60  # a shorter training is not worth its start and compilation
+GRACE = 15  # to save and exit after SIGTERM
 
 
 class Runner:
-    """Runs commands, except those that have ended well before, and records each."""
+    """Runs commands within the budget, except those that have ended well, and records each."""
 
-    def __init__(self, args):
-        self.dry = args.dry_run
-        self.data = args.data
-        self.out = args.out
+    def __init__(self, args, machine):
+        self.args = args
         self.runs = args.out / "runs"  # checkpoints: git ignores them
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.record = self.out / "record.jsonl"
-        self.env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self.dry else {})
-        on_gpu = torch.cuda.is_available() and not self.dry
-        self.machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.record = args.out / "record.jsonl"
+        self.facts = {"machine": machine, "date": time.strftime("%Y-%m-%d")}
+        self.facts["torch"] = importlib.metadata.version("torch")
+        self.done = {line["command"] for line in read_lines(self.record) if line["ok"]}
+        self.failed = []
 
-    def run(self, name, command, launcher=(sys.executable,)):
-        """Run `command`, a string of words, as NAME; whether it has ended well, now or before."""
-        if any(line["name"] == name and line["code"] == 0 for line in read_lines(self.record)):
-            return True
-        print(f"{name}: {command}", flush=True)
-        script, *flags = shlex.split(command)
-        start = time.monotonic()
-        with open(self.out / f"{name}.log", "w") as log:
-            words = [*launcher, str(ROOT / script), *flags]
-            how = dict(stdout=log, stderr=subprocess.STDOUT, env=self.env)
-            code = subprocess.run(words, **how).returncode
-        line = {"name": name, "code": code, "seconds": round(time.monotonic() - start, 1)}
-        line |= {"command": command, "machine": self.machine, "torch": torch.__version__}
-        line |= {"cuda": torch.version.cuda, "date": str(datetime.date.today())}
-        if code:
-            print(f"{name} ended with exit code {code}: see {self.out / name}.log", flush=True)
+    def left(self):
+        return 60 * self.args.minutes - GRACE - (time.monotonic() - START)
+
+    def run(self, name, command, need=None, limit=None):
+        """Run `command` if it is wanted, new, and `need` seconds are left. limit: of a training."""
+        need = need or SECONDS[name]
+        left = self.left()
+        if command in self.done or name not in ("data", *self.args.parts):
+            return
+        print(f"{name}: python {command}", flush=True)
+        line = {"name": name, "ok": False}
+        if need > left:
+            line["skipped"] = f"needs {need} s, {left:.0f} s are left"
+        else:
+            log = self.runs / name / "log.jsonl" if limit else None
+            line |= self.execute(name, command, min(limit or 1.5 * need, left), log)
+            if not line["ok"]:
+                self.failed.append(str(self.args.out / f"{name}.log"))
+        print(json.dumps(line), flush=True)
         with open(self.record, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return code == 0
+            file.write(json.dumps(line | {"command": command} | self.facts) + "\n")
 
-    def train(self, name, command, **how):
-        """As `run` for a training program, whose log is kept: its lines, a list of dicts."""
-        folder = self.runs / name
-        resume = "--resume" if checkpointed(folder) else ""
-        if not resume:  # what an earlier try has left cannot be continued
-            shutil.rmtree(folder, ignore_errors=True)
-        self.run(name, f"{command} --out {folder} {resume}", **how)
-        log = folder / "log.jsonl"
-        if log.exists():
-            shutil.copy(log, self.out / f"{name}.jsonl")
-        return read_lines(self.out / f"{name}.jsonl")
+    def execute(self, name, command, limit, log):
+        """Run a command for at most `limit` seconds; how it has ended. log: of a training."""
+        root = Path(__file__).parent.parent
+        script, *flags = shlex.split(command)
+        words = [sys.executable, root / script, *flags]
+        start = time.monotonic()
+        end = start + limit
+        line = {"limit": round(limit)}
+        with open(self.args.out / f"{name}.log", "w") as file:
+            process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+                if log and "log_after" not in line and log.exists() and log.stat().st_size:
+                    line["log_after"] = round(time.monotonic() - start, 1)  # it has compiled
+                    end = min(end, time.monotonic() + (0.2 if self.args.dry_run else 90))
+            if stopped := process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # compilation leaves workers behind
+        if log and log.exists():
+            shutil.copy(log, self.args.out / f"{name}.jsonl")
+        code = process.wait()
+        ok = code == 0 or (bool(log) and stopped and code == 128 + signal.SIGTERM)
+        return line | {"ok": ok, "code": code, "seconds": round(time.monotonic() - start, 1)}
 
-
-def checkpointed(folder):
-    return any(folder.glob("checkpoint-*.pt"))
+    def train(self, name, command, others=0):
+        """Run a training. `others` like it get as much, if there is enough for all of them."""
+        room = self.left() - SECONDS["scores"]
+        fit = max(1, min(1 + others, int(room // LEAST)))
+        command += f" --resume --out {self.runs / name}"
+        self.run(name, command, LEAST + SECONDS["scores"], min(SECONDS[name], room / fit))
 
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# ------------------------------------------------------------------------------------------------
-# The parts.
+def plan(runner, args):
+    """All commands, the most valuable first."""
+    out = args.out
+    dry = " --dry-run" if args.dry_run else ""
+    grammar = runner.runs / "grammar"
+    rows = grammar if dry else args.data / "rows"
+    runner.run("data", f"prepare_data.py grammar --out {grammar}")
+
+    measure = f"benchmarks/gpu.py --out {out}{dry} --measure"
+    runner.run("check", f"{measure} check")
+    runner.run("steps", f"{measure} diagonal psd esd 'next token' V-sized")
+    size = "--rows 64 --repeats 5"
+    flags = "--batch-size 512 --micro-batch 256 --log-every 25 --val-every 500"
+    if dry:
+        size = "--rows 4 --repeats 1 --size tiny --vocab-size 300 --seq-len 16 --nfe 1"
+        flags = "--batch-size 8 --log-every 1"
+    sampling = "benchmarks/benchmark.py --parts sampling kernels --only diagonal --sample-rows 16"
+    runner.run("sampling", f"{sampling} {size} --output {out}/sampling.json")
+    flags += f" --data {rows} --beta2 0.99 --ema 0.999 --diagonal-power 0 --steps 1000000"
+    stage1 = f"train_diagonal.py --size {'tiny' if dry else 'small'} --warmup 200 --lr 1e-3"
+    runner.train("diagonal", f"{stage1} {flags}", others=2)
+    distil = f"distill.py --checkpoint {runner.runs}/diagonal --warmup 100 --lr 5e-4 {flags}"
+    distil += " --diagonal-from stage1 --diagonal-share 0.25 --boundary 0.125 --loss"
+    runner.train("psd", f"{distil} psd --no-learned-weight --consistency-power 0", others=1)
+    runner.train("dmd", f"distill.py --checkpoint {runner.runs}/psd --loss dmd --warmup 20 {flags}")
+    runner.train("esd", f"{distil} esd")
+    names = [runner.runs / name for name in ("diagonal", "psd", "dmd", "esd")]
+    names = [str(name) for name in names if any(name.glob("checkpoint-*.pt"))]
+    how = "--bound 2 --nfe 1 2 --num-samples 8" if dry else "--bound 256"  # grammar needs no judge
+    if not dry and (args.data / "judge").exists():
+        how += f" --nfe 1 4 32 --num-samples 256 --judge {args.data / 'judge'} --judge-batch 64"
+    if names:
+        scores = f"evaluate.py --checkpoint {' '.join(names)} {how} --output {out}/scores.json"
+        runner.run("scores", scores)
 
 
-def speed(runner):
-    """Steps and sampling at the paper's size."""
-    toy = "--size tiny --vocab-size 1000 --seq-len 32 --repeats 1 --nfe 1 2"
-    size = toy if runner.dry else "--repeats 5"
-    few, rows, many = (2, 4, 8) if runner.dry else (16, 64, 128)
+def measure(path, cases, function):
+    """Write and print a row for each of `cases`: labels, and function(*inputs) or its error."""
+    from evaluate import table
 
-    def benchmark(name, flags):
-        runner.run(
-            name, f"benchmarks/benchmark.py {size} {flags} --output {runner.out}/{name}.json"
-        )
-
-    benchmark(f"steps-{rows}", f"--parts steps --only diagonal psd esd dmd --rows {rows}")
-    benchmark("peers", f"--parts steps --only diagonal V-sized 'next token' --rows {few}")
-    benchmark("kernels", f"--parts kernels --only diagonal --rows {few}")
-    benchmark("sampling", f"--parts sampling --sample-rows {few}")
-    # If these rows do not fit, the error that ends it is the finding.
-    only = "diagonal" if runner.dry else "diagonal psd esd"
-    benchmark(f"steps-{many}", f"--parts steps --only {only} --rows {many}")
-
-
-def ranks(runner):
-    """The same losses by two ranks on one GPU, after a resume, and nearly in float32."""
-    base = f"train_diagonal.py --data {runner.data} --size tiny --batch-size 32 --micro-batch 16"
-    base += " --warmup 5 --log-every 1 --save-every 10"
-    steps = 20 if runner.dry else 200
-    whole = runner.train("bfloat16", f"{base} --steps {steps} --dtype bfloat16")
-    two = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    others = {
-        "float32": runner.train("float32", f"{base} --steps {steps} --dtype float32"),
-        "two-ranks": runner.train("two-ranks", f"{base} --steps 20 --dtype bfloat16", launcher=two),
-    }
-    half = f"{base} --steps 10 --dtype bfloat16 --out {runner.runs}/resumed"
-    runner.run("half", half)
-    others["resumed"] = runner.train("resumed", f"{base} --steps 20 --dtype bfloat16")
     rows = []
-    for name, lines in others.items():
-        both = zip(whole, lines, strict=False)  # some runs are shorter
-        pairs = [(a["diagonal_ce"], b["diagonal_ce"]) for a, b in both]
-        apart = max((abs(a - b) / a for a, b in pairs), default=float("nan"))
-        rows.append({"run": name, "steps": len(pairs), "furthest from bfloat16": f"{apart:.1e}"})
-    (runner.out / "ranks.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for row, *inputs in cases:
+        rows.append(row)
+        try:
+            row |= function(*inputs)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        path.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
+    sys.exit(all("error" in row for row in rows))
 
 
-def judge(runner):
-    """A judge of the same text."""
-    size = "--layers 6 --width 384 --vocab-size 8192 --batch-size 64 --steps 6000 --lr 1e-3"
-    if runner.dry:
-        size = "--layers 1 --width 32 --vocab-size 300 --context 16 --steps 2 --rows 500"
-    flags = f"--data {runner.data} --out {runner.runs}/judge {size}"
-    runner.run("judge", f"benchmarks/train_judge.py {flags}")
+def measure_losses(args):
+    """How far five steps of each loss are from those on the CPU in float32, in per cent."""
+    from model import Draw
+
+    folder = args.out / "runs/check"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def normal_on_cpu(draw, *shape, normal=Draw.normal):
+        draw.calls += 1
+        twin = Draw(draw.seed, draw.step, draw.rows, "cpu", draw.calls - 1)
+        return normal(twin, *shape).to(draw.device)
+
+    Draw.normal = normal_on_cpu  # a GPU draws other numbers from the same seed
+
+    def train(name, command, steps=5):
+        """The log of a run in this process."""
+        command += f" --data {args.out}/runs/grammar --batch-size 16 --warmup 1 --log-every 1"
+        command += f" --steps {steps} --resume --out {folder / name}"
+        print(f"python {command}", flush=True)
+        sys.argv = command.split()
+        importlib.import_module(sys.argv[0].removesuffix(".py")).main()
+        return read_lines(folder / name / "log.jsonl")
+
+    def compare(name, command, whole):
+        if name.endswith("resumed"):
+            train(name, command, 3)
+        lines = train(name, command)
+        truth = read_lines(folder / whole / "log.jsonl")
+        keys = "diagonal_ce consistency_kl consistency_square critic_kl matching_distance".split()
+        apart = []
+        for key in truth[0].keys() & keys:
+            gaps = [abs(a[key] - b[key]) for a, b in zip(truth, lines, strict=True)]
+            apart.append(100 * max(gaps) / max(line[key] for line in truth))
+        return {"percent": max(apart), "first_step": lines[0]["seconds_per_step"]}
+
+    plain = "--device cpu --dtype float32 --no-compile"
+    train("start", f"train_diagonal.py --size tiny --lr 2e-3 {plain}", 20)
+    losses = {"diagonal": f"train_diagonal.py --lr 1e-4 --init {folder}/start"}
+    for loss in ("psd", "lsd", "esd", "dmd"):
+        losses[loss] = f"distill.py --loss {loss} --lr 1e-4 --checkpoint {folder}/start"
+    losses["resumed"] = losses["diagonal"]
+    ways = {"cpu": plain, "float32": plain.replace("cpu", "cuda")}
+    ways["bfloat16"] = ways["float32"].replace("float32", "bfloat16")
+    ways["compiled"] = ways["bfloat16"].replace("--no-compile", "--compile")
+    if args.dry_run:
+        ways = {"cpu": plain, "bfloat16": plain.replace("float32", "bfloat16")}
+    cases = []
+    for way, flags in ways.items():
+        for loss, command in losses.items():
+            whole = f"{way}-diagonal" if loss == "resumed" else f"cpu-{loss}"
+            row = {"loss": loss, "way": way}
+            cases.append((row, f"{way}-{loss}", f"{command} {flags}", whole))
+    measure(args.out / "check.json", cases, compare)
 
 
-BOTH = "--beta2 0.99 --ema 0.999 --diagonal-power 0 --batch-size 512"
-DISTIL = "--diagonal-from stage1 --diagonal-share 0.25 --boundary 0.125 --warmup 100 --lr 5e-4"
+def measure_steps(args):
+    """Training steps at the paper's size: the first one, which compiles, and ten more."""
+    import benchmark
+    import torch
 
+    device, size, V, B, L = "cuda", "base", 50257, 64, 1024
+    if args.dry_run:
+        device, size, V, B, L = "cpu", "tiny", 300, 4, 16
+    how = argparse.Namespace(size=size, device=device, dtype="bfloat16", compile=not args.dry_run)
+    bench = benchmark.Bench(how, V, B, L, args.measure)
+    flops = B * benchmark.flops_per_row(bench.model, L)
+    peak = benchmark.peak_flops(bench.device)
 
-def text(runner, name, command, minutes):
-    """Train for about `minutes`. A short run before it measures the speed.
+    def step(name):
+        start = time.perf_counter()
+        repeats = 1 if args.dry_run else 10
+        row = benchmark.interleaved({name: bench.call(name)}, repeats, bench.device)[name]
+        seconds = row["seconds"]
+        row["compile_seconds"] = time.perf_counter() - start - (1 + repeats) * seconds
+        row["mfu"] = benchmark.PASSES[name] * flops / seconds / peak if peak else None
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return row
 
-    The learning rate falls over the last 80% of the steps.
-    """
-    command = f"{command} {BOTH} --data {runner.data}"
-    steps = 4
-    if runner.dry:
-        command = command.replace("--batch-size 512", "--batch-size 8")
-    else:
-        probe = runner.train(f"{name}-probe", f"{command} --steps 60 --log-every 20")
-        if not probe:
-            return
-        steps = int(60 * minutes / probe[-1]["seconds_per_step"])
-    runner.train(name, f"{command} --steps {steps} --cooldown {int(0.8 * steps)}")
-
-
-def stage1(runner, name, flags, minutes):
-    size = "tiny" if runner.dry else "small"
-    command = f"train_diagonal.py --size {size} --warmup 200 --lr 1e-3 {flags}"
-    text(runner, name, command, minutes)
-
-
-def diagonal(runner):
-    """Stage 1 on text."""
-    stage1(runner, "diagonal", "", minutes=8)
-
-
-def distil(runner, name, start, flags, minutes=5):
-    text(runner, name, f"distill.py --checkpoint {runner.runs}/{start} {flags}", minutes)
-
-
-def psd(runner):
-    """PSD from the diagonal."""
-    plain = "--no-learned-weight --consistency-power 0"
-    distil(runner, "psd", "diagonal", f"--loss psd {DISTIL} {plain}")
-
-
-def esd(runner):
-    """ESD from the diagonal, with the paper's weights."""
-    distil(runner, "esd", "diagonal", f"--loss esd {DISTIL}")
-
-
-def dmd(runner):
-    """Distribution matching from the PSD map."""
-    distil(runner, "dmd", "psd", "--loss dmd --warmup 20")
-
-
-def choices(runner):
-    """What else might matter: two minutes each, four for stage 1."""
-    stage1(runner, "linear", "--schedule linear", minutes=4)
-    more = DISTIL.replace("--boundary 0.125", "--boundary 0.5")
-    distil(runner, "esd-noise", "diagonal", f"--loss esd {more}", minutes=2)
-    signed = f"--loss esd --form signed --psd-share 0.5 {DISTIL}"
-    distil(runner, "esd-signed", "diagonal", signed, minutes=2)
-
-
-def blocks(runner):
-    """Blocks after a context, and what guidance does to them."""
-    stage1(runner, "blocks", "--context any", minutes=4)
-    flags = "--nfe 2 --guidance 1" if runner.dry else "--nfe 32 --guidance 0 1 1.5 2"
-    flags += f" --checkpoint {runner.runs}/blocks --judge {runner.runs}/judge"
-    runner.run("guidance", f"benchmarks/context.py {flags} --output {runner.out}/guidance.json")
-
-
-def scores(runner):
-    """All networks that write whole rows, by the judge and the bound."""
-    names = ("diagonal", "psd", "esd", "dmd", "linear", "esd-noise", "esd-signed")
-    names = [name for name in names if checkpointed(runner.runs / name)]
-    count, rows = (8, 2) if runner.dry else (256, 256)
-    paths = " ".join(f"{runner.runs}/{name}" for name in names)
-    nfe = "1 2" if runner.dry else "1 2 4 8 64"
-    flags = f"--checkpoint {paths} --nfe {nfe} --num-samples {count} --bound {rows}"
-    flags += f" --judge {runner.runs}/judge --judge-batch 64 --output {runner.out}/scores.json"
-    runner.run("scores", f"evaluate.py {flags}")
-
-
-ORDER = (speed, ranks, judge, diagonal, psd, esd, dmd, choices, blocks, scores)
-PARTS = {part.__name__: part for part in ORDER}
+    measure(args.out / "steps.json", [({"step": name}, name) for name in args.measure], step)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="gpu.py", description=__doc__, formatter_class=Help, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
-    add("--data", type=Path, help="rows of text (default: data/wiki; --dry-run makes grammar)")
+    add("--minutes", type=float, default=9, help="the budget")
+    add("--parts", nargs="+", choices=SECONDS, default=SECONDS, help="only these (default: all)")
+    add("--data", type=Path, default=Path("data/gpu"), help="folder of rows, tiktoken and judge")
     add("--out", type=Path, help="folder to write (default: results/gpu; with --dry-run runs/gpu)")
-    add("--dry-run", action="store_true", help="everything at toy size, on any machine")
+    add("--dry-run", action="store_true", help="everything at toy size on a CPU, not compiled")
+    add("--measure", nargs="+", metavar="WORD", help="`check`, or steps for the part `steps`")
     args = parser.parse_args()
-    if not args.dry_run and not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device here; --dry-run tries the parts without one")
     args.out = args.out or Path("runs/gpu" if args.dry_run else "results/gpu")
-    args.data = args.data or (args.out / "runs/grammar" if args.dry_run else Path("data/wiki"))
-    if not args.dry_run and set(args.parts) - {"speed"}:
-        read_meta(args.data)  # ends with what to do if there is none
-    runner = Runner(args)
+    if args.measure:
+        sys.exit(measure_losses(args) if args.measure == ["check"] else measure_steps(args))
+    os.environ["PYTHONUNBUFFERED"] = "1"  # output that is there if a command is killed
+    machine = f"{os.cpu_count()} CPU cores"
     if args.dry_run:
-        runner.run("data", f"prepare_data.py grammar --out {args.data}")
-    for part in args.parts:
-        PARTS[part](runner)
-    shown = ("name", "code", "seconds", "machine")
-    lines = read_lines(runner.record)
-    print(table([{key: line[key] for key in shown} for line in lines]))
-    if any(line["code"] for line in lines):
-        raise SystemExit(f"some commands failed; their output is in {args.out}")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not shutil.which("nvidia-smi"):
+        raise SystemExit("there is no CUDA device here; --dry-run tries the plan without one")
+    else:
+        machine = subprocess.check_output(["nvidia-smi", "-L"], text=True).split(" (")[0]
+        read_meta(args.data / "rows")  # ends with what to do if there is none
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running command, too
+    runner = Runner(args, machine)
+    plan(runner, args)
+    for log in args.out.glob("*.log"):
+        if rows := [line for line in log.read_text().splitlines() if line.startswith("|")]:
+            print(f"\n{log.stem}:\n", *rows, sep="\n")
+    if runner.failed:
+        raise SystemExit(f"some commands failed: see {', '.join(runner.failed)}")
 
 
 if __name__ == "__main__":
