@@ -13,8 +13,8 @@ others learn one identity, by KL(sg[teacher] || psi_st(x_s)) (27, 31, 35) or by 
     lsd   Lagrangian    psi_st = softmax(z_tt(X_st) - log(1 + C delta))             (24, 29)
     esd   Eulerian      psi_st = softmax(z_ss - log(1 - delta / kappa))             (25, 33)
 
-delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C and kappa are in
-model.Interpolant. Who teaches whom ("itself" is the student, its gradient stopped):
+delta = dz - <psi_st, dz>, with dz the derivative of the logits z_st; omega, C and E = Gamma / kappa
+are in model.Interpolant. Who teaches whom ("itself" is the student, its gradient stopped):
 
     rows        --loss        student        teacher
     diagonal    all           psi_tt         the tokens; with --diagonal-from stage1 its psi_tt
@@ -53,7 +53,7 @@ class Jump(NamedTuple):
     """Times s <= u <= t, (B, 1) or (B, L), and how fast s and t move with the row's progress.
 
     The rates are 1, unless each position has times of its own (38): then they are d time / d
-    progress, scaled to a mean of 1. They are the tangents of s and t, and divide the identities."""
+    progress, scaled to a mean of 1. Derivatives are taken along them, then divided by them."""
 
     s: torch.Tensor
     u: torch.Tensor
@@ -221,7 +221,7 @@ def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
     It is weighted by (45) with c = 1e-6, and a learned w of the times makes it exp(-w) loss + w.
-    to_data: all jumps end at data; no w, which is fitted to rows whose loss has another scale."""
+    to_data: all jumps end at data, without w, which is fitted to the losses of other rows."""
     B, L = tokens.shape
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
     jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in jump))
@@ -252,15 +252,15 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
 
     The sample is the soft p = psi_s1(x_s), with s = 0 for a share args.boundary of the rows and
     uniform progress up to RENOISED for the others. Renoised to time tau, of uniform progress, it is
-    y = alpha xi + beta p W. The score of a law renoised like this is (beta psi W - y) / alpha^2,
+    x = alpha x0 + beta p. The score of a law renoised like this is (beta psi - x) / alpha^2,
     where psi is the posterior mean of x1 under that law. So the KL's gradient on p is, up to a
     positive factor,
 
-        d = psi_critic(y) - psi_real(y)
+        d = psi_critic(x) - psi_real(x)
 
-    with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(y)), for the
+    with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(x)), for the
     student's own law. d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
-    Where V > D the network sees x through W, and d is taken whole, not projected on W's span."""
+    Where V > D networks see x as x W: the exact gradient is d projected on W's span; we use d."""
     B, L = tokens.shape
     start, edge, level = draw.uniform(3)[:, :, None].unbind(1)
     start = torch.where(edge < args.boundary, 0.0, RENOISED * start)

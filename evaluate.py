@@ -83,7 +83,7 @@ def diagonal_errors(model, h, tokens, whiten):
 
 
 def bound_grid(model, points):
-    """Times (points + 1, 1 or L): r = beta / alpha is 0, then log-spaced to the last one trained.
+    """Times (points + 1, 1 or L): r = beta / alpha is 0, then log-spaced up to MAX_PROGRESS.
 
     With times per position (38) this is the r of the middle of the row."""
     end = model.times(torch.ones(1, 1, dtype=torch.float64))
@@ -104,7 +104,7 @@ def likelihood_bound(model, tokens, seed, batch_size, points=64):
 
     summed over positions. p is the law of the stochastic sampler with this psi (not of the ODE)
     that stops at r* and draws each token from psi. The network sees y = x W, so noise of
-    covariance W^T W = R^T R; y R^{-1} is a channel with unit Gaussian noise, and Q = W R^{-1}.
+    covariance W^T W = R^T R; y R^{-1} has unit Gaussian noise (whiten = R^{-1}), Q = W R^{-1}.
 
     Each r has fresh noise, xi and -xi. The integral is the trapezoid rule in log r; below the first
     r the error is taken constant. With times per position (38) each position has its own r.

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 class Interpolant(NamedTuple):
     """A path between noise and data, and the coefficients of its flow, elementwise in the times.
 
-    All are ratios of alpha and of two combinations that stay finite at both ends:
+    Each is built from alpha and from two quantities that are finite at both ends:
         Delta_st = alpha_s beta_t - alpha_t beta_s        linear path: t - s
         Wr_t     = alpha_t beta'_t - alpha'_t beta_t      linear path: 1      (the Wronskian)
     Wr_t must be positive for t < 1: ESD divides by Wr_s, LSD by Wr_t."""
@@ -373,7 +373,7 @@ class DiT(nn.Module):
         if self.noise_size == len(W):
             return W
         with torch.autocast(W.device.type, enabled=False):
-            half = W.T @ W.detach()  # W^T W is symmetric: differentiate one factor, and double
+            half = W.T @ W.detach()  # Cholesky's gradient is symmetric: twice one side is both
             gram = 2 * half - half.detach()
             jitter = 1e-6 * gram.diagonal().mean().detach()  # moves R by a few float32 roundings
             # Unlike cholesky, cholesky_ex does not wait for the GPU to see whether it has failed.
@@ -448,7 +448,7 @@ class Conditional:
         self.model = model
         self.positions = positions
         rotary = model.cos[positions], model.sin[positions]
-        self.context = keys or [None] * len(model.blocks), rotary
+        self.context = (keys or [None] * len(model.blocks)), rotary
         self.derivative = functools.partial(model.derivative, context=self.context)
         self.times = functools.partial(model.times, L=len(positions))
         self.times_and_rates = functools.partial(model.times_and_rates, L=len(positions))

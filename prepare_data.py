@@ -109,7 +109,7 @@ KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
 def kind(path):
-    """The suffix of a file, that of compression aside."""
+    """The suffix of a file without .gz: .txt of a.txt.gz."""
     return Path(path.name.removesuffix(".gz")).suffix
 
 
@@ -163,7 +163,7 @@ def cut_text(file, documents):
     for line in file:
         text += line
         if text.endswith(end):
-            if text != "\n\n":  # a second blank line opens the next paragraph
+            if text != "\n\n":  # a third line break stays in front of the next paragraph
                 yield text.removesuffix(end)
             text = ""
     if text:
@@ -455,9 +455,9 @@ def main():
     args = parse_args()
     if (args.out / "meta.json").exists() and not args.force:
         meta = read_meta(args.out)
-        for key in ("name", "source", "tokenizer", "seq_len"):
-            if meta.get(key) != vars(args)[key]:
-                found = f"{args.out} is there, with {key} {meta.get(key)}"
+        for key in sorted(meta["settings"].keys() & vars(args).keys()):
+            if meta["settings"][key] != vars(args)[key]:
+                found = f"{args.out} is there, with {key} {meta['settings'][key]}"
                 raise SystemExit(f"{found}; --force replaces it, --out names another folder")
         say(f"{args.out} is already there; --force makes it again")
         return
@@ -545,7 +545,7 @@ def grammar_rows(count, seed):
     """Draw `count` padded sentences: uint16 (count, L)."""
     rng = np.random.default_rng(seed)
     index = {word: i for i, word in enumerate(GRAMMAR_WORDS)}
-    edges = {}  # state: where in [0, 1] the share of one word ends and that of the next begins
+    edges = {}  # state: the cumulative probabilities of its words, without the last
     for state, arcs in GRAMMAR.items():
         edges[state] = list(itertools.accumulate(p for p, _ in arcs.values()))[:-1]
     rows = np.zeros((count, LONGEST), np.uint16)

@@ -28,8 +28,8 @@ def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, 
     """Jump `nfe` times from standard normals xi (B, L, model.noise_size), and return the last psi.
 
     A jump is X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The last one ends at data, where
-    X_s1 = psi_s1: a sample is its most probable tokens, or drawn from it, by `choose`. That takes
-    psi as returned here, pairs (weight, h) of hidden vectors h (B, L, D).
+    X_s1 = psi_s1. It is returned as pairs (weight, h) of hidden vectors h (B, L, D), of which
+    `choose` makes tokens: the most probable ones, or draws.
 
     euler: psi_ss for psi_st, as a diagonal can do; on the linear path Euler's method on (52).
     gamma: in [0, 1], renoises between jumps; 1 jumps to data each time (multistep consistency).
@@ -43,14 +43,15 @@ def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, 
     jumps = torch.stack([grid[:-1], landings[1:], grid[1:]], 1).to(xi)
     jumps = jumps[:, :, None].expand(-1, -1, len(xi), -1)  # (nfe, 3, B, 1 or L)
     networks = branches(model, guidance)
-    for k, (s, u, t) in enumerate(jumps, 1):
-        hidden = [(weight, network(y, s, s if euler else u)) for weight, network in networks]
+    for k, (s, landing, t) in enumerate(jumps, 1):
+        end = s if euler else landing
+        hidden = [(weight, network(y, s, end)) for weight, network in networks]
         if k == nfe:
             break
         psi_W = sum(weight * model.soft_embedding(h) for weight, h in hidden)
-        y = model.path.flow_map(y, psi_W, s, u)
+        y = model.path.flow_map(y, psi_W, s, landing)
         if gamma:
-            y = renoise(model, y, u, t, normal())
+            y = renoise(model, y, landing, t, normal())
         if after_jump:
             y = after_jump(y, t, hidden)
     return hidden
@@ -66,15 +67,15 @@ def branches(model, guidance):
     return [(guidance, model), (1 - guidance, model.without_context())]
 
 
-def renoise(model, y, u, t, xi):
-    """A state y at time u -> one at an earlier time t: a y + sqrt(alpha_t^2 - a^2 alpha_u^2) x0 W.
+def renoise(model, y, t, s, xi):
+    """A state y at time t -> one at an earlier time s: a y + sqrt(alpha_s^2 - a^2 alpha_t^2) x0 W.
 
-    a = beta_t / beta_u, x0 W is fresh noise from normals xi (B, L, noise_size). Given x1, the
-    result has the law of the path at t if y has it at u."""
+    a = beta_s / beta_t, x0 W is fresh noise from normals xi (B, L, noise_size). Given x1, the
+    result has the law of the path at s if y has it at t."""
     path = model.path
-    a = path.beta(t) / path.beta(u)
-    variance = path.alpha(t) ** 2 - (a * path.alpha(u)) ** 2
-    added = variance.clamp(min=0).sqrt()  # rounding can leave it below 0 where u = t
+    a = path.beta(s) / path.beta(t)
+    variance = path.alpha(s) ** 2 - (a * path.alpha(t)) ** 2
+    added = variance.clamp(min=0).sqrt()  # rounding can leave it below 0 where s = t
     return a[..., None] * y + added[..., None] * model.embed_noise(xi)
 
 
@@ -109,7 +110,7 @@ def continue_text(
 ):
     """Extend a prompt (B, p), p >= 0, block by block to `length` tokens: int64 (B, length).
 
-    Blocks are whole, or end with the row, as in training; what is beyond `length` is cut off. Keys
+    Blocks have block_size tokens, or fewer at the row's end; the result is cut to `length`. Keys
     and values of the text are kept until it outgrows the window (default: the model's L). Then that
     slides, and each block encodes its context again: the latest tokens that leave it room.
     normal(n): returns standard normals (B, n, noise_size). how: arguments of `generate`."""

@@ -99,8 +99,8 @@ def draw_contexts(L, draw, args):
     all before the block, or none where the context is dropped."""
     size = args.block_size or L
     quarter, drop = draw.uniform(2).unbind(1)
-    # All rows share one random offset, so a step has only four places, L / 4 apart, and rows with
-    # equal lengths run as one batch.
+    # Blocks start at one of four places, L / 4 apart, from a random offset that the step shares:
+    # few places mean few lengths, and rows of equal lengths run as one batch.
     place = ((4 * quarter).floor() + draw.shared()) / 4  # uniform on [0, 1)
     unit = size if args.context == "block" else 1
     start = (place * (L // unit)).long() * unit
@@ -158,7 +158,7 @@ def gradients(params, objective, model, batches, surgery):
             earlier = by_loss.get(name, [None] * len(params))
             for p, grad in zip(params, earlier, strict=True):
                 p.grad = grad
-            with torch.autocast(device, enabled=False):  # each product in the precision it had
+            with torch.autocast(device, enabled=False):  # each operation in its forward dtype
                 (loss / len(batches)).backward()
             by_loss[name] = [p.grad for p in params]
     parts = []
@@ -203,7 +203,7 @@ def remove_conflict(first, second):
 
 # ---- The loop. ---------------------------------------------------------------------------------
 
-SKIP_LIMIT = 10  # consecutive steps with a non-finite gradient that a run tolerates
+SKIP_LIMIT = 10  # a run ends when log lines of more steps had no finite gradient
 VAL_SEED = 1 << 40  # the seed of validation's noise, which no run trains with
 VAL_BATCHES = 2  # global batches a validation
 
@@ -211,7 +211,7 @@ VAL_BATCHES = 2  # global batches a validation
 def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic=None):
     """Train `model` on args.data by `objective` up to args.steps steps, and write args.out.
 
-    ranks: from `start_ranks`. resumed: a checkpoint to continue, by which no number changes.
+    ranks: from `start_ranks`. resumed: a checkpoint to continue as if the run had never stopped.
     stage1: a frozen network, kept in each checkpoint. critic: a second network that the objective
     trains (distill.py --loss dmd), with a learning rate and clipping of its own; Adam's first decay
     is then 0 for both. A signal saves and ends the run after the current step, with exit code 143.
@@ -235,6 +235,8 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         done = resumed["step"]
         for name, part in saved.items():
             part.load_state_dict(resumed[name])
+        for group in optimizer.param_groups:
+            group["betas"] = betas  # loading brings the old ones back
         resumed.clear()  # free its weights: the caller holds the dict as long as the run lasts
     check_ranks_agree(done, meta)
     for network in trained:
@@ -513,6 +515,8 @@ def claim_folder(args, start):
         raise SystemExit(f"another process trains in {args.out}: change --out") from None
     except OSError:  # a file system without locks
         pass
+    if (newest := checkpoints(args.out)) and newest[0].name != f"checkpoint-{start}.pt":
+        raise SystemExit(f"{args.out} has trained on meanwhile: start again")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"step": start, "args": plain(args), "command": sys.argv, "versions": versions}
     print(json.dumps(config | {"commit": commit()}), file=file, flush=True)
@@ -584,8 +588,9 @@ def main():
     args.surgery = False
     meta = prepare_data.read_meta(args.data)
     size = args.block_size
-    if args.context == "block" and (not size or size == meta["seq_len"] or meta["seq_len"] % size):
-        raise SystemExit(f"--context block needs a --block-size that divides {meta['seq_len']}")
+    divides = size and size < meta["seq_len"] and meta["seq_len"] % size == 0
+    if (args.context == "block" and not divides) or (size and not args.context):
+        raise SystemExit(f"give --context and a --block-size that divides {meta['seq_len']}")
     ranks = start_ranks(args)
     resumed = read_resumed(args, meta, ranks[0])
     if args.init:  # the averaged weights, to go on with on rows of any length
