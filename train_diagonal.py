@@ -586,12 +586,12 @@ def main():
     args = parse(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
+    ranks = start_ranks(args)  # first: a rank that fails after this fails all, with a reason
     meta = prepare_data.read_meta(args.data)
     size = args.block_size
     divides = size and size < meta["seq_len"] and meta["seq_len"] % size == 0
     if (args.context == "block" and not divides) or (size and not args.context):
         raise SystemExit(f"give --context and a --block-size that divides {meta['seq_len']}")
-    ranks = start_ranks(args)
     resumed = read_resumed(args, meta, ranks[0])
     if args.init:  # the averaged weights, to go on with on rows of any length
         model, checkpoint = load_model(resumed or args.init, seq_len=meta["seq_len"])
