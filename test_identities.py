@@ -83,10 +83,7 @@ def same(ours, plain, **tolerance):
     return all(torch.allclose(a, b, **tolerance) for a, b in zip(ours, plain, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------
-# Exact flows to check against.
-
-
+# ---- Exact flows to check against. -------------------------------------------------------------
 class Oracle:
     """Exact psi_st of the weighted sequences, seen through y = x W; psi_st = softmax(h_st), head I.
 
@@ -172,10 +169,7 @@ def states(path, s):
     return Oracle(path).interpolate(normals(len(s), L, V, seed=4), tokens, s)
 
 
-# ------------------------------------------------------------------------------------------------
-# The identities, on the oracle.
-
-
+# ---- The identities, on the oracle. ------------------------------------------------------------
 @pytest.mark.parametrize("name", PATHS)
 def test_coefficients(name):
     """Each coefficient of (23, 24, 25, 50, 52) from alpha, beta and r; the linear path's forms."""
@@ -306,10 +300,7 @@ def test_teacher_returns_the_truth(path, form, lag, times):
         assert gradient(divergence, z + 0.3 * torch.arange(V)).abs().max() > 0.01
 
 
-# ------------------------------------------------------------------------------------------------
-# The sampler and the likelihood bound, on the oracle.
-
-
+# ---- The sampler and the likelihood bound, on the oracle. --------------------------------------
 def sampled(model, xi, *jumps, **how):
     """The most probable tokens at the end of the jumps of `generate`."""
     return choose(model.head, generate(model, xi, *jumps, **how))
@@ -437,10 +428,7 @@ def weighted_loss(z, q, c=0, r=0, kind="kl"):
     return ((square + c) ** -r).detach() * (square / 2 if kind == "square" else kl)
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses and gradients.
-
-
+# ---- Losses and gradients. ---------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["cross_entropy", *distill.DIVERGENCES])
 def test_head_loss(kind):
     """The loss in chunks equals the plain one, value, report and gradients, to 1e-9."""
@@ -718,10 +706,7 @@ def test_learning_reaches_the_truth(case):
     assert one_step < 0.1
 
 
-# ------------------------------------------------------------------------------------------------
-# Schedule, network, noise and randomness.
-
-
+# ---- Schedule, network, noise and randomness. --------------------------------------------------
 @pytest.mark.parametrize("vocab", [2, 27, 50257])
 def test_argmax_schedule(vocab):
     """P(argmax x_t = token) is its integral over the token's noise, and linear in tau."""
@@ -954,10 +939,7 @@ def test_draw_progress(to_data):
     assert ((jump.s.float() < jump.t.float()) & (jump.t < 1)).all()
 
 
-# ------------------------------------------------------------------------------------------------
-# Data, contexts, blocks and guidance.
-
-
+# ---- Data, contexts, blocks and guidance. ------------------------------------------------------
 def test_pack():
     """Documents are joined by EOS, cut every L - 2 tokens and framed; an incomplete rest drops."""
     (rows,) = prepare_data.pack([[1, 2, 3], [4], [5, 6]], 6, bos=8, eos=9)

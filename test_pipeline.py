@@ -57,10 +57,8 @@ needs_data = pytest.mark.skipif(not TEST_DATA, reason="DFM_TEST_DATA names no fo
 
 torch.set_num_threads(1)  # as in the processes below: two workers share two cores
 
-# ------------------------------------------------------------------------------------------------
-# Running programs.
 
-
+# ---- Running programs. -------------------------------------------------------------------------
 def run(cwd, words, ok=True):
     """Run a command line in `cwd`, in this process; the result is that of subprocess.run."""
     script, *flags = shlex.split(words)
@@ -204,10 +202,8 @@ def work(tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# The whole road. The longest test stands first, so that no worker is left waiting for it.
-
-
+# ---- The whole road. ---------------------------------------------------------------------------
+# The longest test stands first, so that no worker is left waiting for it.
 def test_gpu_dry_run(tmp_path):
     """The plan for a GPU, at toy size: in order, within its minutes, and on from where it ended."""
 
@@ -318,10 +314,7 @@ def test_examples(work, tmp_path):
     assert steered > plain
 
 
-# ------------------------------------------------------------------------------------------------
-# Steps of the loop.
-
-
+# ---- Steps of the loop. ------------------------------------------------------------------------
 def test_first_steps(work, tmp_path):
     """Learning rate, average, clipping and validation, from the checkpoints after each step.
 
@@ -501,8 +494,7 @@ def test_a_step_is_cheap(words, monkeypatch):
     assert B // half * L * config.width <= seen.largest <= B * L * 4 * config.width
 
 
-# ------------------------------------------------------------------------------------------------
-# Ranks, micro-batches, resuming, checkpoints.
+# ---- Ranks, micro-batches, resuming, checkpoints. ----------------------------------------------
 
 SEVERAL = f"""
 import runpy, shlex, sys
@@ -702,10 +694,7 @@ def test_a_full_disk(work, tmp_path):
     assert "validation rows" in done[2].stdout
 
 
-# ------------------------------------------------------------------------------------------------
-# Preparing text.
-
-
+# ---- Preparing text. ---------------------------------------------------------------------------
 def prepared(folder, words, ok=True):
     """What prepare_data.py says of a source, and its rows of two characters as one text."""
     words = f"prepare_data.py file --tokenizer char --seq-len 2 --force --source {words}"
@@ -889,10 +878,7 @@ def test_real_text_bert(tmp_path):
     assert re.sub(r"\W", "", "".join(lines).lower()).startswith(first[:300])
 
 
-# ------------------------------------------------------------------------------------------------
-# Samples and scores.
-
-
+# ---- Samples and scores. -----------------------------------------------------------------------
 def read_texts(path):
     """The texts in a .jsonl by sample.py."""
     return [line["text"] for line in read_lines(path)]
@@ -1166,19 +1152,7 @@ def test_evaluate_samples(letters, judge):
     assert [r["gen_ppl"] for r in alone] == pytest.approx([results[0]["gen_ppl"]] * 2)
 
 
-def test_evaluate_sentences(work):
-    """Sentences in a file are scored exactly; short ones are padded, long ones are wrong."""
-    good = "this king reads the book ."
-    longest = "these farmers behind the bridge eat a sweet apple . apple"
-    lines = [good, "this kings reads the book .", "the the the", good, longest]
-    (work / "lines.txt").write_text("\n".join(lines) + "\n")
-    found, _ = evaluated(work, "--samples lines.txt --data data/grammar")
-    real, _, _, row = found["results"]
-    assert (real["grammatical"], row["grammatical"], row["distinct"]) == (1, 0.4, 0.5)
-
-
-# ------------------------------------------------------------------------------------------------
-# Mistakes that people make: one clear line on stderr, no traceback, nothing written or lost.
+# ---- Mistakes that people make: one clear line on stderr, no traceback, nothing written or lost.
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 MISTAKES = [  # the command line, and what its refusal names
@@ -1262,10 +1236,7 @@ def test_mistakes(mistaken, words, named):
     assert files() == before
 
 
-# ------------------------------------------------------------------------------------------------
-# What the project says about itself.
-
-
+# ---- What the project says about itself. -------------------------------------------------------
 def resolved(words, monkeypatch):
     """The flags of a command line with every default filled in, without running the program."""
     seen = []
@@ -1346,33 +1317,7 @@ def test_readme_names_exist():
     assert sum(len(re.findall(pattern, row)) for row in re.findall(r"(?m)^\|.*", section)) > 15
 
 
-@pytest.mark.parametrize("script", [*PROGRAMS, *EXTRAS])
-def test_every_script_explains_itself(tmp_path, script):
-    """It imports what it needs, and --help names what each flag does."""
-    text = run(tmp_path, f"{script} --help").stdout
-    assert text.startswith("usage:")
-    assert text.count("\n  -") > 2
-
-
-def test_sampling_in_bfloat16_keeps_its_times(work):
-    """Under autocast the network gets the times of float32, and a float32 state, at each jump."""
-    model, _ = load_model(work / "runs/grammar-diagonal")
-    calls = {"float32": [], "bfloat16": []}
-    for dtype, kept in calls.items():
-        hook = model.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs))
-        sample.draw_samples(model, 8, 4, 4, seed=0, dtype=dtype)
-        hook.remove()
-    assert len(calls["float32"]) == 8
-    for exact, rough in zip(*calls.values(), strict=True):
-        assert all(x.dtype == torch.float32 for x in (*exact[:3], *rough[:3]))
-        assert all(torch.equal(a, b) for a, b in zip(exact[1:3], rough[1:3], strict=True))
-        assert (exact[0] - rough[0]).norm() < 0.05 * exact[0].norm()
-
-
-# ------------------------------------------------------------------------------------------------
-# Clusters and interrupted work.
-
-
+# ---- Clusters and interrupted work. ------------------------------------------------------------
 def test_one_run_a_folder(work, tmp_path):
     """A second start in a run's folder gets one line, with --resume too; the first goes on."""
     flags = "--steps 3 --save-every 1"
