@@ -337,6 +337,18 @@ def test_renoising_on_the_oracle(gamma):
     assert torch.allclose((kept * p.alpha(T)) ** 2 + added**2, p.alpha(U) ** 2)
 
 
+def test_euler_with_renoising():
+    """Stage 1 jumps to the landing by psi_ss, then is renoised to the next time of the grid."""
+    model, _, start = sampling_case()
+    xi = start()(12)
+    s, landing, t = (time.expand(3, 1) for time in model.times(column(0, 0.7, 0.5)))
+    y = model.embed_noise(xi)
+    y = model.path.flow_map(y, model.soft_embedding(model(y, s, s)), s, landing)
+    y = renoise(model, y, landing, t, xi)
+    ((_, h),) = generate(model, xi, 2, euler=True, gamma=0.4, normal=lambda: xi)
+    assert torch.allclose(h, model(y, t, t))
+
+
 def test_temperature():
     """A token's share of an even grid of u is psi^(1/T) scaled to sum to 1; near T = 0 the best."""
     model = small_model()
@@ -632,6 +644,7 @@ def test_rows_are_shared_out(how, monkeypatch):
     counts = np.cumsum(mask)
     assert np.abs(counts[64:] - counts[:-64] - 64 / 7).max() <= 1
     assert (distill.spread(np.arange(37, 99), 1 / 7)[0] == mask[37:99]).all()
+    assert distill.spread(np.arange(1000), 0.7)[0].sum() == 700
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -757,6 +770,7 @@ def test_position_lag(schedule):
     assert torch.equal(shared.times_and_rates(tau)[1], one)
     block = Conditional(model, None, torch.arange(2, 4))  # a block is a row of its own
     assert torch.equal(block.times(tau), model.times(tau, 2))
+    assert same(block.times_and_rates(tau), model.times_and_rates(tau, 2), atol=0)
 
 
 def test_chunks():

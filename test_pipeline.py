@@ -283,6 +283,7 @@ def test_stage_2_carries_its_stage_1(work, tmp_path):
     train(work, tmp_path / "dmd", f"{flags} 2", "dmd")
     saved = newest(tmp_path / "dmd")
     assert same(saved["stage1"], known)
+    assert saved["optimizer"]["param_groups"][0]["betas"][0] == 0  # of dmd
     moved = [(saved["critic"]["head"] - known["head"]).abs().max()]
     moved.append((saved["model"]["head"] - newest(tmp_path / "map")["ema"]["head"]).abs().max())
     assert all(0 < step < 0.02 for step in moved)  # two steps of Adam from where each began
@@ -792,18 +793,19 @@ def test_splits_from_the_hub(tmp_path, monkeypatch):
     """--config names a configuration; without a validation split OWT's last documents are held."""
     import datasets
 
-    texts = {"train": ["ab" * 8] * 3, "validation": ["cd" * 8], "test": ["ef" * 8]}
+    texts = {"train": ["ab" * 8, "gh" * 8, "gh" * 8], "validation": ["cd" * 8], "test": ["ef" * 8]}
     splits = {name: datasets.Dataset.from_dict({"text": text}) for name, text in texts.items()}
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda **where: asked.append(where) or splits)
     text = prepared(tmp_path, "owner/name --config small")[1]
     assert asked == [{"path": "owner/name", "name": "small"}]
-    assert text == "\n".join(["ab" * 8] * 3) + "cd" * 8
+    assert text == "\n".join(texts["train"]) + "cd" * 8
     monkeypatch.setitem(prepare_data.SOURCES["owt"], "val_documents", 2)
     del splits["validation"], splits["test"]
     run(tmp_path, "prepare_data.py owt --tokenizer char --seq-len 2")
     meta = read_meta(tmp_path / "data/owt")
     assert (meta["train_rows"], meta["val_rows"]) == (8, 16)
+    assert decode(meta, read_rows(tmp_path / "data/owt", "val", meta)[0]) == "gh"
 
 
 @needs_data
