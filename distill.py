@@ -1,7 +1,6 @@
 """Stage 2: distil a trained diagonal into a flow map that jumps, by self-consistency.
 
     python distill.py --loss esd                    # from the run that train_diagonal.py writes
-    torchrun --nproc_per_node=8 distill.py --loss psd
     python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint --checkpoint runs/new    # both losses, from scratch
     python distill.py --loss dmd --checkpoint runs/owt-esd    # then match the law of its samples

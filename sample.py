@@ -196,8 +196,8 @@ def prompt_options(args, meta, trained):
     }.items():
         if wrong:
             raise SystemExit(f"{args.checkpoint}: {text}")
-    options = dict(prompt=prompt, length=length, block_size=size, window=window)
-    return options | {"guidance": args.guidance}
+    how = dict(length=length, block_size=size, window=window, guidance=args.guidance)
+    return how | {"prompt": prompt}
 
 
 def sampling_flags(parser, count, several=False):

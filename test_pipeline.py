@@ -381,7 +381,8 @@ def test_bad_steps(work, tmp_path, monkeypatch):
         return train(work, tmp_path / out, flags, **how)
 
     train_spoilt([2], "each", "--steps 6 --save-every 1 --keep 9")
-    names = [tmp_path / f"each/checkpoint-{step}.pt" for step in (2, 3, 4)]
+    train_spoilt([2], "three", "--steps 3")
+    names = [tmp_path / name for name in ("each/checkpoint-2.pt", "three", "each/checkpoint-4.pt")]
     two, three, four = map(read_checkpoint, names)
     assert same(two["model"], three["model"])
     assert same(two["optimizer"]["state"], three["optimizer"]["state"])
@@ -400,8 +401,8 @@ def test_bad_steps(work, tmp_path, monkeypatch):
     names = {path.name for path in (tmp_path / "pairs").iterdir()}
     assert names == {"checkpoint-4.pt", "checkpoint-6.pt", "config.jsonl", "log.jsonl"}
     done = train_spoilt(range(3, 14), "ended", "--steps 16 --save-every 2", ok=False)
+    assert newest(tmp_path / "ended")["step"] == 2  # a diverged run keeps its last good checkpoint
     assert "no finite gradient in 11 steps up to 14" in one_line(done)
-    assert newest(tmp_path / "ended")["step"] == 12
 
 
 class OneDevice(TorchDispatchMode):
@@ -1176,6 +1177,7 @@ MISTAKES = [  # the command line, and what its refusal names
     ("train_diagonal.py --data changed --out trained --resume", "sha256"),
     ("distill.py --data grammar --loss psd", "runs/grammar-diagonal"),
     ("distill.py --data grammar --loss esd --checkpoint guided", "map"),
+    ("distill.py --data grammar --loss esd --out trained --resume", "another kind"),
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
     ("distill.py --data grammar --loss dmd --checkpoint trained --joint", "--joint"),
@@ -1336,7 +1338,7 @@ def test_resume_starts_or_goes_on(work, tmp_path):
     """--resume starts where there is no checkpoint, and a run that has ended exits with 0."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n{"st')  # killed before a checkpoint
-    train(work, tmp_path / "run", "--steps 2 --resume")
+    assert "a new run" in train(work, tmp_path / "run", "--steps 2 --resume").stdout
     train(work, tmp_path / "plain", "--steps 2")
     assert_same_runs(tmp_path / "plain", tmp_path / "run")
     before = newest(tmp_path / "run")

@@ -318,7 +318,8 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
             scores = means(totals, VAL_BATCHES * len(own_rows))
             extra |= {f"val_{name}": value for name, value in scores.items()}
         log.write(done, extra)  # ends the run if too many steps were skipped
-        if saving and rank == 0:
+        # A diverged run must not replace its good checkpoints.
+        if saving and rank == 0 and (finite or stopping or done == args.steps):
             save()
         log.reset()  # the time for validating and saving is not a step's
         if stopping:
@@ -377,7 +378,7 @@ class Log:
         self.lock = claim_folder(args, start) if self.rank == 0 else None
         self.tokens = args.batch_size * seq_len  # a step
         self.bad_steps = 0  # in a row, up to the last line
-        hidden = True if self.rank else None  # None: hidden unless on a terminal
+        hidden = self.rank > 0 or None  # None: hidden unless on a terminal
         self.bar = tqdm(initial=start, total=args.steps, disable=hidden, unit="step")
         work = f"steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens"
         self.say(f"{args.out}: {work}, on {world} x {self.device.type}, {args.dtype}")
@@ -490,9 +491,13 @@ def read_resumed(args, meta, rank):
     found = checkpoints(args.out)
     if not args.resume and (found or (args.out / "log.jsonl").exists()):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
-    if not (args.resume and found):
+    if not found:
+        if args.resume and rank == 0:
+            say(f"{args.out} has no checkpoint: this is a new run")
         return None
     checkpoint = read_checkpoint(args.out)
+    if checkpoint["args"].get("loss") != vars(args).get("loss"):
+        raise SystemExit(f"{args.out} holds a run of another kind: change --out")
     prepare_data.same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
     was = checkpoint["args"] | {"resume": True, "micro_batch": args.micro_batch}
     for key, value in plain(args).items():
