@@ -60,7 +60,7 @@ from model import (
     read_checkpoint,
     save_checkpoint,
 )
-from prepare_data import new_parser, positive, say
+from prepare_data import explain, new_parser, positive, say
 
 
 # ---- The objective. ----------------------------------------------------------------------------
@@ -418,7 +418,8 @@ class Log:
         line |= ({"skipped": skipped} if skipped else {}) | extra
         if self.rank > 0:
             return
-        with open(self.args.out / "log.jsonl", "a") as file:
+        path = self.args.out / "log.jsonl"
+        with explain(f"cannot write {path}", "make room, then --resume"), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint's line is on disk before the checkpoint
