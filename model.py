@@ -513,8 +513,8 @@ def maybe_compiled(function, compiled):
     return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
 
 
-# One row's loss: hidden vector h -> logits z = h headᵀ -> teacher q -> (loss, g = p - q) -> at once
-# the gradients g head of h and gᵀ h of the head, so that no (rows, V) tensor survives.
+# One row's loss: hidden vector h -> logits z = h head.T -> teacher q -> (loss, g = p - q) -> at
+# once the gradients g head of h and g.T h of the head, so that no (rows, V) tensor survives.
 
 
 class RowLoss(NamedTuple):

@@ -188,7 +188,7 @@ def hub_records(args):
 
 
 def texts(records, column):
-    """The text of each record: "" where there is none, which is counted and reported."""
+    """The text of each record, "" if it has none; how many have none is reported at the end."""
     count = without = halves = 0
     for count, record in enumerate(records, 1):  # noqa: B007
         text = record.get(column)

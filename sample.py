@@ -28,8 +28,8 @@ def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, 
     """Jump `nfe` times from standard normals xi (B, L, model.noise_size), and return the last psi.
 
     A jump is X_st(x) = Gamma_st x + Xi_st psi_st(x) (18, 50). The last one ends at data, where
-    X_s1 = psi_s1. It is returned as pairs (weight, h) of hidden vectors h (B, L, D), of which
-    `choose` makes tokens: the most probable ones, or draws.
+    X_s1 = psi_s1. It is returned as pairs (weight, h) of hidden vectors h (B, L, D), which
+    `choose` turns into tokens: the most probable ones, or draws.
 
     euler: psi_ss for psi_st, as a diagonal can do; on the linear path Euler's method on (52).
     gamma: in [0, 1], renoises between jumps; 1 jumps to data each time (multistep consistency).

@@ -54,7 +54,7 @@ noise = torch.randn(args.samples, 3, generator=torch.Generator().manual_seed(arg
 one = torch.tensor([[-1.11, 0.37, 0.73]], dtype=torch.float64)  # its path: picked for its bend
 times = torch.linspace(0, 1, 81, dtype=torch.float64)
 states = jump(one, times, exact)[:, 0]
-instants = [diagonal(x, t, t) for x, t in zip(states, times[:-1], strict=False)]
+instants = [diagonal(x, t, t) for x, t in zip(states[:-1], times[:-1], strict=True)]
 averages = [p, *(exact(one, times[0], t)[0] for t in times[1:])]
 mean = jump(noise, times[::80], diagonal)[-1]
 euler = jump(noise, times[::20], diagonal)[-1]
