@@ -36,6 +36,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 SOURCES = {  # the defaults of the flags that depend on what is prepared
     "grammar": dict(tokenizer="grammar", seq_len=10),
@@ -333,8 +334,6 @@ def prepare(args):
 
 def write_rows(path, blocks):
     """Write blocks of rows (n, L) to `path`; return the number of rows."""
-    from tqdm import tqdm
-
     count = 0
     with open(path, "wb") as file, tqdm(unit="row", desc=path.name, disable=None) as bar:
         for block in blocks:

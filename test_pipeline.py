@@ -93,7 +93,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 def start(cwd, words, launcher=()):
     """Start a command line in a process of its own; its output goes to the file `output`."""
     script, *flags = shlex.split(words)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Otherwise a restart of torchrun meets the store of the ranks that died (see the README).
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(cwd / "output", "w") as file:
         how = {"cwd": cwd, "stdout": file, "stderr": subprocess.STDOUT, "env": environment}
         process = subprocess.Popen([sys.executable, *launcher, HERE / script, *flags], **how)
@@ -583,9 +584,9 @@ def test_kills_and_signals_lose_nothing(work, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ranks are found in /proc")
 def test_two_ranks_end_together(work, tmp_path):
-    """A killed rank ends both; a signal to one saves and ends both; resumed, nothing is lost."""
-    flags = "--micro-batch 4 --steps 40 --save-every 3"
-    train(work, tmp_path / "whole", flags, "esd")
+    """A signal to one rank saves and ends both; a kill -9 restarts both. Nothing is lost."""
+    flags = "--micro-batch 4 --steps 40 --save-every 3 --resume"
+    finish(train(work, tmp_path / "whole", flags, "esd", start, launcher=TORCHRUN))
     parts = tmp_path / "parts"
 
     def children(process):
@@ -594,18 +595,17 @@ def test_two_ranks_end_together(work, tmp_path):
 
     process = train(work, parts, flags, "esd", start, launcher=TORCHRUN)
     wait_for_step(process, parts, 5)
+    os.kill(children(process)[-1], signal.SIGTERM)
+    last = stopped_at(parts, finish(process, codes=range(1, 256)))
+    process = train(work, parts, flags, "esd", start, launcher=[*TORCHRUN, "--max-restarts=1"])
+    wait_for_step(process, parts, last + 5)
     ranks = children(process)
     os.kill(ranks[-1], signal.SIGKILL)
-    finish(process, codes=range(1, 256))
+    finish(process)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    flags += " --resume"
-    process = train(work, parts, flags, "esd", start, launcher=TORCHRUN)
-    wait_for_step(process, parts, newest(parts)["step"] + 4)  # past what was logged before
-    os.kill(children(process)[-1], signal.SIGTERM)
-    assert stopped_at(parts, finish(process, codes=range(1, 256))) < 40
-    finish(train(work, parts, flags, "esd", start, launcher=TORCHRUN))
-    pairs = zip(log_lines(tmp_path / "whole"), log_lines(parts), strict=True)
-    assert all(ours == pytest.approx(alone, rel=1e-3, abs=1e-3) for alone, ours in pairs)
+    starts = [line["step"] for line in read_lines(parts / "config.jsonl")]
+    assert starts[:2] == [0, last] and last < starts[2] < 40
+    assert_same_runs(tmp_path / "whole", parts)
 
 
 def test_damaged_checkpoints(work, tmp_path):

@@ -42,24 +42,9 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from tqdm import tqdm
 
+import model as net
 import prepare_data
-from model import (
-    INTERPOLANTS,
-    SIZES,
-    Conditional,
-    DiT,
-    Draw,
-    ModelConfig,
-    RowLoss,
-    atomic_write,
-    checkpoints,
-    commit,
-    head_loss,
-    load_model,
-    parse,
-    read_checkpoint,
-    save_checkpoint,
-)
+from model import Conditional, DiT, Draw, RowLoss, head_loss, load_model, parse
 from prepare_data import explain, new_parser, positive, say
 
 
@@ -267,7 +252,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         content = {name: part.state_dict() for name, part in saved.items()}
         content |= {"stage1": stage1.state_dict()} if stage1 else {}
         content |= {"step": done, "model_config": asdict(model.config)}
-        save_checkpoint(args.out, content | {"meta": meta, "args": plain(args)}, args.keep)
+        net.save_checkpoint(args.out, content | {"meta": meta, "args": plain(args)}, args.keep)
 
     log = Log(args, ranks, done, meta["seq_len"])
     stop = catch_signals()
@@ -489,14 +474,14 @@ def read_resumed(args, meta, rank):
 
     Says which flags have changed since. SystemExit if args.out holds a run that is not to be
     resumed, one on other data or one that has ended, the last with exit code 0."""
-    found = checkpoints(args.out)
+    found = net.checkpoints(args.out)
     if not args.resume and (found or (args.out / "log.jsonl").exists()):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
     if not found:
         if args.resume and rank == 0:
             say(f"{args.out} has no checkpoint: this is a new run")
         return None
-    checkpoint = read_checkpoint(args.out)
+    checkpoint = net.read_checkpoint(args.out)
     if checkpoint["args"].get("loss") != vars(args).get("loss"):
         raise SystemExit(f"{args.out} holds a run of another kind: change --out")
     prepare_data.same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
@@ -521,15 +506,15 @@ def claim_folder(args, start):
         raise SystemExit(f"another process trains in {args.out}: change --out") from None
     except OSError:  # a file system without locks
         pass
-    if (newest := checkpoints(args.out)) and newest[0].name != f"checkpoint-{start}.pt":
+    if (newest := net.checkpoints(args.out)) and newest[0].name != f"checkpoint-{start}.pt":
         raise SystemExit(f"{args.out} has trained on meanwhile: start again")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"step": start, "args": plain(args), "command": sys.argv, "versions": versions}
-    print(json.dumps(config | {"commit": commit()}), file=file, flush=True)
+    print(json.dumps(config | {"commit": net.commit()}), file=file, flush=True)
     log = args.out / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     whole = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last short
-    with atomic_write(log) as kept:
+    with net.atomic_write(log) as kept:
         kept.writelines(line for line in whole if json.loads(line)["step"] <= start)
     return file
 
@@ -565,11 +550,11 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
 def model_flags(parser):
     """The flags of a network trained from scratch, and of its contexts; stage 2 takes them over."""
     add = parser.add_argument_group("model").add_argument
-    add("--size", choices=list(SIZES), default="base", help="network; base is the paper's 170M")
+    add("--size", choices=list(net.SIZES), default="base", help="network; base is the paper's 170M")
     add("--schedule", choices=["argmax", "linear"], default="argmax", help="how to draw times (36)")
     add("--schedule-blend", type=float, default=0.9, help="lambda of the argmax schedule")
     add("--position-lag", type=float, default=0.0, help="earlier positions first (38), up to +-8")
-    add("--interpolant", choices=list(INTERPOLANTS), default="linear", help="the path (47)")
+    add("--interpolant", choices=list(net.INTERPOLANTS), default="linear", help="the path (47)")
     add("--init", type=Path, metavar="PATH", help="start from the network of this checkpoint")
     add = parser.add_argument_group("prompts").add_argument
     add("--context", choices=["block", "any"], help="learn after whole blocks, or any clean tokens")
@@ -582,7 +567,7 @@ def new_model(args, meta):
     torch.manual_seed(args.seed)
     path = dict(interpolant=args.interpolant, schedule=args.schedule)
     path |= dict(schedule_blend=args.schedule_blend, position_lag=args.position_lag)
-    return DiT(ModelConfig(meta["vocab_size"], meta["seq_len"], **SIZES[args.size], **path))
+    return DiT(net.ModelConfig(meta["vocab_size"], meta["seq_len"], **net.SIZES[args.size], **path))
 
 
 def main():
