@@ -206,9 +206,8 @@ def attention(q, k, v, causal=False):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     if q.device.type != "cpu" or S > 32 or causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    # Short rows on a CPU: a softmax down the columns is three times as fast as along the rows,
-    # and the fused kernel makes a training step slower.
-    scores = k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5  # transposed: (B, heads, S, L)
+    # Short rows on a CPU, where a softmax down the columns is fast: scores (B, heads, S, L).
+    scores = k @ q.transpose(-2, -1) * q.shape[-1] ** -0.5
     return scores.softmax(-2).transpose(-2, -1) @ v
 
 
@@ -505,8 +504,7 @@ def probabilities(z):
 def rows_at_once(V, device):
     """Rows of V logits in a chunk, a power of two: 2^23 logits on a CPU, 2^27 elsewhere (0.5 GB).
 
-    So many that adding a (V, D) gradient once a chunk costs little; always as many, so runs repeat.
-    """
+    So many that adding a (V, D) gradient once a chunk costs little. A constant, so runs repeat."""
     logits = 2 ** (23 if device.type == "cpu" else 27)
     return 2 ** max(0, round(math.log2(logits / V)))
 

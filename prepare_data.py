@@ -224,9 +224,6 @@ def build(args, folder):
     meta |= dict(train_rows=train_rows, val_rows=val_rows)
     rows = {split: read_rows(folder, split, meta).ravel() for split in ("train", "val")}
     meta["sha256"] = {split: hashlib.sha256(ids).hexdigest() for split, ids in rows.items()}
-    framed = "documents joined by EOS, cut every L - 2 tokens, each cut framed by BOS and EOS"
-    plain = {"grammar": "a sentence a row, padded", "char": "cut every L characters"}
-    meta["packing"] = plain.get(args.tokenizer, framed)
     unrelated = {"out", "force", "workers"}  # they change no row
     meta["settings"] = {key: value for key, value in vars(args).items() if key not in unrelated}
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -271,8 +268,7 @@ def load_tokenizer(args):
 def encoder(meta):
     """Return a function text -> list of token ids: the inverse of `decode`, up to tokenization.
 
-    Special tokens in the text, like <|endoftext|>, become their ids; SystemExit at an unknown word.
-    """
+    Special tokens in the text, as <|endoftext|>, become their ids. SystemExit at unknown words."""
     if meta["tokenizer"] == "gpt2":
         return lambda text: gpt2().encode(text, allowed_special="all")
     index = {word: i for i, word in enumerate(meta["vocab"])}
@@ -365,8 +361,7 @@ def read_rows(folder, split, meta):
 def same_tokens(path, trained_meta, folder, meta, *more):
     """SystemExit unless `folder` has the tokens that checkpoint `path` learned.
 
-    more: further keys of meta.json that must agree, such as "seq_len", and "sha256" for the rows.
-    """
+    more: further keys of meta.json that must agree: "seq_len", and "sha256" for the rows."""
     for key in ("tokenizer", "vocab_size", "vocab", "lower_case", *more):
         was = trained_meta.get(key)
         if was != meta.get(key):
@@ -393,12 +388,17 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def positive(text):
-    """An argparse type: an integer, 1 or more."""
+def positive(text, least=1):
+    """An argparse type: an integer from `least` up, of at most 63 bits."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from {least} to 2^63 - 1")
     return value
+
+
+def natural(text):
+    """An argparse type: an integer from 0 up, of at most 63 bits."""
+    return positive(text, least=0)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -430,7 +430,7 @@ def parse_args():
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
-    add("--seed", type=int, default=0, help="seed of the grammar's draws")
+    add("--seed", type=natural, default=0, help="seed of the grammar's draws")
 
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from model import Conditional, Draw, atomic_write, load_model, logit_chunks, parse, softmax
-from prepare_data import decode, encoder, new_parser, positive, say
+from prepare_data import decode, encoder, natural, new_parser, positive, say
 
 
 # ---- The sampler. ------------------------------------------------------------------------------
@@ -34,8 +34,7 @@ def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, 
     euler: psi_ss for psi_st, as a diagonal can do; on the linear path Euler's method on (52).
     gamma: in [0, 1], renoises between jumps; 1 jumps to data each time (multistep consistency).
     guidance: see `branches`. normal(): returns fresh normals like xi, for gamma.
-    after_jump(y, t, hidden): returns the states to go on with at time t, after each but the last.
-    """
+    after_jump(y, t, hidden): returns the states to go on with at t, after each but the last."""
     y = model.embed_noise(xi)
     tau = torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]  # uniform in progress
     grid = model.times(tau)
@@ -207,7 +206,7 @@ def sampling_flags(parser, count, several=False):
     add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations (jumps) a sample")
     add("--num-samples", type=positive, default=count, help="sequences for each NFE")
     add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
-    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--seed", type=natural, default=0, help="seed of the noise")
     add("--gamma", type=float, help="renoise between jumps: 0 never, 1 fully", **knob)
     add("--temperature", type=float, help="draw tokens from psi^(1/T); 0: most probable", **knob)
 

@@ -1185,6 +1185,7 @@ MISTAKES = [  # the command line, and what its refusal names
     ("distill.py --data grammar --loss lsd --checkpoint trained --micro-batch 1", "--micro-batch"),
     ("sample.py --checkpoint trained --output nowhere/x.jsonl", "nowhere/x.jsonl"),
     ("sample.py --checkpoint evil", "evil"),
+    ("sample.py --checkpoint trained --seed 99999999999999999999", "--seed"),
     ("sample.py --checkpoint trained --prompt some", "--context"),
     ("sample.py --checkpoint any --prompt 'some dragons'", "dragons"),
     ("sample.py --checkpoint any --prompt 'some farmers' --length 2", "prompt"),
@@ -1385,7 +1386,7 @@ def test_compiling_without_a_compiler(work, tmp_path, monkeypatch):
 
 
 def test_two_machines(work, tmp_path):
-    """Two agents, one rank each, train as one process does."""
+    """Two agents, one rank each, train as one process does; without shared data both say so."""
     flags = "--steps 20 --micro-batch 8"
     train(work, tmp_path / "alone", flags)
 
@@ -1408,3 +1409,6 @@ def test_two_machines(work, tmp_path):
         finish(process)
     pairs = zip(log_lines(tmp_path / "alone"), log_lines(tmp_path / "two"), strict=True)
     assert all(ours == pytest.approx(alone, rel=1e-4, abs=1e-5) for alone, ours in pairs)
+    for process in agents("torn", [work / "data/grammar", tmp_path / "absent"]):
+        output = finish(process, codes=range(1, 256))
+        assert "no data set at" in output or "needs the same folders" in output

@@ -45,7 +45,7 @@ from tqdm import tqdm
 import model as net
 import prepare_data
 from model import Conditional, DiT, Draw, RowLoss, head_loss, load_model, parse
-from prepare_data import explain, new_parser, positive, say
+from prepare_data import explain, natural, new_parser, positive, say
 
 
 # ---- The objective. ----------------------------------------------------------------------------
@@ -199,8 +199,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
     ranks: from `start_ranks`. resumed: a checkpoint to continue as if the run had never stopped.
     stage1: a frozen network, kept in each checkpoint. critic: a second network that the objective
     trains (distill.py --loss dmd), with a learning rate and clipping of its own; Adam's first decay
-    is then 0 for both. A signal saves and ends the run after the current step, with exit code 143.
-    """
+    is then 0 for both. A signal saves, then ends the run after this step with exit code 143."""
     rank, world, device = ranks
     data = {split: prepare_data.read_rows(args.data, split, meta) for split in ("train", "val")}
     model.to(device)
@@ -274,9 +273,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
             p.grad = grad
         largest = args.clip or float("inf")
         norms = [torch.nn.utils.clip_grad_norm_(group, largest) for group in groups]
-        scalars["grad_norm"] = norms[0]
-        if critic:
-            scalars["critic_grad_norm"] = norms[1]
+        scalars |= dict(zip(["grad_norm", "critic_grad_norm"], norms, strict=False))
 
         # Fused Adam changes nothing when found_inf is 1: a bad step is skipped without a sync.
         finite = torch.stack(norms).isfinite().all()
@@ -466,7 +463,7 @@ def check_ranks_agree(step, meta):
     with contextlib.suppress(RuntimeError):  # the connection to a rank that failed is closed
         dist.all_gather_object(found, (step, meta["sha256"]))
     if any(other != found[0] for other in found) or not found[0]:
-        raise SystemExit("a rank failed to start or sees other files; all need the same folders")
+        raise SystemExit("a rank failed to start or sees other files: each needs the same folders")
 
 
 def read_resumed(args, meta, rank):
@@ -534,7 +531,7 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     add("--beta2", type=float, default=0.999, help="Adam's second decay")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--ema", type=float, default=0.9999, help="decay per step of the averaged weights")
-    add("--seed", type=int, default=0, help="seed of weights, row order, times and noise")
+    add("--seed", type=natural, default=0, help="seed of weights, row order, times and noise")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--diagonal-power", type=float, default=0.5, help="r of (45); 0 is the plain loss")
     add = parser.add_argument_group("logging").add_argument
