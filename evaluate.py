@@ -9,8 +9,8 @@
 Reads checkpoints of either stage, and files of samples. First come controls from the data set:
 validation rows, the same with their words shuffled, and draws from the unigram of the training
 rows. The main score is, on the grammar, the share of grammatical sentences and, on text, generative
-perplexity by the protocol of `judge_scores`, which needs `transformers`. Intervals are 95%, by
-bootstrap over samples. Each row is printed and written as JSON at once; tables come last.
+perplexity by `judge_scores`, which needs `transformers`. Intervals are 95%, by bootstrap over
+samples. Each row is printed and written as JSON at once.
 """
 
 import bisect

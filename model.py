@@ -241,8 +241,7 @@ class Linear(nn.Linear):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each modulated and gated by the time (adaLN-zero).
 
-    Another block is a class with this `forward`, named in `DiT.__init__`. LSD and ESD differentiate
-    it forward in time, so it needs operations that torch.func.jvp knows."""
+    Another block has this `forward`, of operations that torch.func.jvp knows (LSD and ESD)."""
 
     def __init__(self, config):
         super().__init__()
@@ -304,6 +303,21 @@ class DiT(nn.Module):
         self.register_buffer("held_factor", None, persistent=False)  # see `hold_noise`
         self.compiled = False  # or "static", "dynamic": see `compile_parts`
         self.activation_checkpointing = False
+
+    @torch.no_grad()
+    def start_from(self, counts):
+        """Start where every prediction is p, the tokens' shares of `counts` (V,), and W suits p.
+
+        y = x W shows a token with a signal-to-noise ratio of sqrt(h) beta / alpha, h its leverage
+        in W; leverages sum to D, so frequent tokens get more. Learning both takes a plateau."""
+        V, D = self.embedding.shape
+        if V <= D:  # all are plain to see, and a head of zeros is as good or better
+            return
+        p = torch.as_tensor(counts + 1.0) / (counts + 1.0).sum()
+        rows = p.sqrt()[:, None] * torch.randn(V, D, dtype=p.dtype)
+        self.embedding.copy_(torch.linalg.qr(rows)[0])
+        self.final_modulation.bias[:D] = 1  # the shift; norm(h) has no part along it
+        self.head.copy_((p.log() - p.log().mean())[:, None].expand(V, D) / D)
 
     def embed_times(self, s, t):
         """Embedding of two times (B, 1 or L): (B, 1 or L, time_width)."""
@@ -525,10 +539,6 @@ def maybe_compiled(function, compiled):
     return torch.compile(function, dynamic=compiled == "dynamic") if compiled else function
 
 
-# One row's loss: hidden vector h -> logits z = h head.T -> teacher q -> (loss, g = p - q) -> at
-# once the gradients g head of h and g.T h of the head, so that no (rows, V) tensor survives.
-
-
 class RowLoss(NamedTuple):
     """A loss on rows of logits z (n, V): function(z, *rows of the tensors in by_row, *shared).
 
@@ -541,7 +551,7 @@ class RowLoss(NamedTuple):
 
 
 class HeadLoss(torch.autograd.Function):
-    """`head_loss`, in chunks: logits, their gradient g, at once g @ head and g.T @ h."""
+    """`head_loss` in chunks: logits, their gradient g, at once g @ head and g.T @ h; none stays."""
 
     @staticmethod
     def forward(ctx, h, head, scale, row_loss, c, r, compiled):
@@ -631,8 +641,7 @@ class Draw:
     def uniform(self, k):
         """k uniforms for each row, float64 (n, k) on the CPU, of low discrepancy over the rows.
 
-        Kronecker: frac(offset + row a_j), a_j = phi^-(j+1), phi^(k+1) = phi + 1; a random offset.
-        """
+        Kronecker: frac(offset + row a_j), a_j = phi^-(j+1), phi^(k+1) = phi + 1."""
         self.calls += 1
         offset = np.random.default_rng([self.seed, self.step, self.calls]).random(k)
         phi = 2.0
@@ -723,6 +732,8 @@ def parse(parser):
     add("--device", choices=["cuda", "cpu", "mps"], help="default: cuda if available, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
     args = parser.parse_args()
+    if not 0 <= getattr(args, "seed", 0) < 2**63:
+        parser.error(f"--seed {args.seed} is not from 0 to 2^63 - 1")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; training sets its own handler
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.get_device_module(args.device).is_available():

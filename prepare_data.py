@@ -16,8 +16,7 @@ also as .gz, and .parquet. A folder stands for the files in it, in order of thei
 
 Word-piece rows are packed as in the paper: documents are joined by EOS, the stream is cut every
 L - 2 tokens, and BOS and EOS frame each cut. Character rows are plain cuts of L characters. An
-incomplete last cut is dropped. Everything is written to data/NAME.partial and renamed at the end:
-a data set is complete or absent.
+incomplete last cut is dropped. A data set is complete or absent: until then it is NAME.partial.
 """
 
 import argparse
@@ -105,7 +104,6 @@ def char_rows(args, splits):
 
 
 # ---- From sources to texts. A record is a document as a dict: {column: text}. ------------------
-
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
@@ -179,8 +177,6 @@ def hub_records(args):
 
         found = datasets.load_dataset(path=args.source[0], name=args.config)
         names = [name for name in ("train", "validation", "test") if name in found][:2]
-        if not names:
-            raise ValueError(f"it has {[*found]}, expected train, validation or test")
         train, *val = [found[name].select_columns([args.column]) for name in names]
         if args.val_documents and not val:
             cut = len(train) - args.val_documents
@@ -388,17 +384,12 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def positive(text, least=1):
-    """An argparse type: an integer from `least` up, of at most 63 bits."""
+def positive(text):
+    """An argparse type: an integer, 1 or more."""
     value = int(text)
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not from {least} to 2^63 - 1")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
-
-
-def natural(text):
-    """An argparse type: an integer from 0 up, of at most 63 bits."""
-    return positive(text, least=0)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -430,7 +421,7 @@ def parse_args():
     units = ["line", "paragraph", "document"]
     add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
-    add("--seed", type=natural, default=0, help="seed of the grammar's draws")
+    add("--seed", type=int, default=0, help="seed of the grammar's draws")
 
     add = parser.add_argument_group("how to cut it into rows of tokens").add_argument
     add("--tokenizer", choices=["gpt2", "bert", "char"], help="default: as listed above")
@@ -463,8 +454,6 @@ def main():
     meta = prepare(args)
     rows = f"{meta['train_rows']:,} training and {meta['val_rows']:,} validation rows"
     say(f"{args.out}: {rows} of {meta['seq_len']} tokens, vocabulary {meta['vocab_size']:,}")
-    if args.name == "grammar":
-        say(f"the entropy of the grammar is {grammar_entropy():.3f} nats a sentence")
 
 
 # ---- The embedded source: a small probabilistic grammar, as a deterministic automaton. ---------

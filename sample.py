@@ -1,13 +1,11 @@
 """Write text with a trained model in any number of network evaluations (NFE).
 
     python sample.py --nfe 1                              # one jump, from runs/owt-esd
-    python sample.py --checkpoint runs/demo-psd --nfe 1 2 4
-    python sample.py --checkpoint runs/demo-diagonal --nfe 64         # stage 1: Euler steps
+    python sample.py --checkpoint runs/demo-diagonal --nfe 16 64      # stage 1: Euler steps
     python sample.py --nfe 8 --gamma 1 --output samples.jsonl         # renoise between jumps
     python sample.py --prompt "In 1969" --nfe 8 --guidance 1.5        # trained with --context any
 
-Prints the text and, with --output, writes it as JSON, one {"text": ...} a line. The state stays in
-the embedding: y of shape (B, L, D), not (B, L, V).
+Prints the text and, with --output, writes it as JSON, one {"text": ...} a line.
 """
 
 import functools
@@ -19,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from model import Conditional, Draw, atomic_write, load_model, logit_chunks, parse, softmax
-from prepare_data import decode, encoder, natural, new_parser, positive, say
+from prepare_data import decode, encoder, new_parser, positive, say
 
 
 # ---- The sampler. ------------------------------------------------------------------------------
@@ -206,7 +204,7 @@ def sampling_flags(parser, count, several=False):
     add("--nfe", type=positive, nargs="+", default=[1], help="network evaluations (jumps) a sample")
     add("--num-samples", type=positive, default=count, help="sequences for each NFE")
     add("--batch-size", type=positive, default=64, help="sequences at once; changes no sample")
-    add("--seed", type=natural, default=0, help="seed of the noise")
+    add("--seed", type=int, default=0, help="seed of the noise")
     add("--gamma", type=float, help="renoise between jumps: 0 never, 1 fully", **knob)
     add("--temperature", type=float, help="draw tokens from psi^(1/T); 0: most probable", **knob)
 

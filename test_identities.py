@@ -808,6 +808,26 @@ def test_attention(queries, keys, causal):
     assert torch.allclose(angle, 10000.0 ** (-torch.arange(4) / 4).double(), atol=1e-6)
 
 
+def test_the_start():
+    """Every prediction is the shares of the counts, and W shows frequent tokens most of all."""
+    V, D = 400, 16
+    counts = np.append(4000 // np.arange(1, V), 0)
+    model = DiT(ModelConfig(V, 5, 1, D, 2))
+    model.start_from(counts)
+    p = torch.from_numpy((counts + 1) / (counts + 1).sum()).float()
+    t = torch.tensor([[0.1], [0.9]])
+    psi = net.softmax(model(normals(2, 5, D).float(), t, t) @ model.head.T)
+    assert torch.allclose(psi, p.expand_as(psi), rtol=1e-4)
+    W = model.embedding.detach()
+    assert torch.allclose(W.T @ W, torch.eye(D), atol=1e-5)
+    leverage = W.square().sum(1)
+    assert (p * leverage).sum() > 5 * D / V
+    model = DiT(ModelConfig(8, 5, 1, D, 2))
+    model.start_from(counts[:8])
+    assert torch.allclose(model.embedding @ model.embedding.T, torch.eye(8), atol=1e-5)
+    assert not model.head.any()
+
+
 def saved():
     """(hooks, sizes): the sizes of what autograd saves within the hooks go to the list."""
     sizes = []

@@ -328,7 +328,7 @@ def test_first_steps(work, tmp_path):
     lines = log_lines(out)
     assert [line["lr"] for line in lines] == [0.005, 0.01, 0.01, 0.005]
     once, twice = (read_checkpoint(out / f"checkpoint-{step}.pt") for step in (1, 2))
-    options = {"seed": 0, "size": "tiny", **once["model_config"]}
+    options = {"seed": 0, "size": "tiny", "data": work / "data/grammar", **once["model_config"]}
     initial = train_diagonal.new_model(SimpleNamespace(**options), once["meta"])
     for name, first in initial.named_parameters():
         average = 0.1 * first.detach() + 0.9 * once["model"][name]

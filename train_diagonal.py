@@ -43,9 +43,8 @@ import torch.distributed.nn.functional
 from tqdm import tqdm
 
 import model as net
-import prepare_data
 from model import Conditional, DiT, Draw, RowLoss, head_loss, load_model, parse
-from prepare_data import explain, natural, new_parser, positive, say
+from prepare_data import explain, new_parser, positive, read_meta, read_rows, same_tokens, say
 
 
 # ---- The objective. ----------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
     trains (distill.py --loss dmd), with a learning rate and clipping of its own; Adam's first decay
     is then 0 for both. A signal saves, then ends the run after this step with exit code 143."""
     rank, world, device = ranks
-    data = {split: prepare_data.read_rows(args.data, split, meta) for split in ("train", "val")}
+    data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)  # the moving average
     saved = {"model": model, "ema": ema}
@@ -481,7 +480,7 @@ def read_resumed(args, meta, rank):
     checkpoint = net.read_checkpoint(args.out)
     if checkpoint["args"].get("loss") != vars(args).get("loss"):
         raise SystemExit(f"{args.out} holds a run of another kind: change --out")
-    prepare_data.same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
+    same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
     was = checkpoint["args"] | {"resume": True, "micro_batch": args.micro_batch}
     for key, value in plain(args).items():
         if rank == 0 and was.get(key) != value:
@@ -531,7 +530,7 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     add("--beta2", type=float, default=0.999, help="Adam's second decay")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--ema", type=float, default=0.9999, help="decay per step of the averaged weights")
-    add("--seed", type=natural, default=0, help="seed of weights, row order, times and noise")
+    add("--seed", type=int, default=0, help="seed of weights, row order, times and noise")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--diagonal-power", type=float, default=0.5, help="r of (45); 0 is the plain loss")
     add = parser.add_argument_group("logging").add_argument
@@ -564,7 +563,12 @@ def new_model(args, meta):
     torch.manual_seed(args.seed)
     path = dict(interpolant=args.interpolant, schedule=args.schedule)
     path |= dict(schedule_blend=args.schedule_blend, position_lag=args.position_lag)
-    return DiT(net.ModelConfig(meta["vocab_size"], meta["seq_len"], **net.SIZES[args.size], **path))
+    path |= dict(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"])
+    model = DiT(net.ModelConfig(**net.SIZES[args.size], **path))
+    rows = read_rows(args.data, "train", meta)
+    some = rows[:: len(rows) // 50_000 + 1].ravel()
+    model.start_from(np.bincount(some, minlength=meta["vocab_size"]))
+    return model
 
 
 def main():
@@ -575,7 +579,7 @@ def main():
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
     ranks = start_ranks(args)  # first: a rank that fails after this fails all, with a reason
-    meta = prepare_data.read_meta(args.data)
+    meta = read_meta(args.data)
     size = args.block_size
     divides = size and size < meta["seq_len"] and meta["seq_len"] % size == 0
     if (args.context == "block" and not divides) or (size and not args.context):
@@ -583,7 +587,7 @@ def main():
     resumed = read_resumed(args, meta, ranks[0])
     if args.init:  # the averaged weights, to go on with on rows of any length
         model, checkpoint = load_model(resumed or args.init, seq_len=meta["seq_len"])
-        prepare_data.same_tokens(args.init, checkpoint["meta"], args.data, meta)
+        same_tokens(args.init, checkpoint["meta"], args.data, meta)
         say(f"size, path and schedule of the network are those of {args.init}")
         model.train().requires_grad_(True)
     else:
