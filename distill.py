@@ -481,7 +481,7 @@ def main():
     set_defaults(args)
     ranks = train_diagonal.start_ranks(args)
     meta = read_meta(args.data)
-    resumed = train_diagonal.read_resumed(args, meta, ranks[0])
+    resumed = train_diagonal.read_resumed(args, meta)
     model, stage1 = load_networks(args, meta, resumed)
     refuse_contradictions(args)
     critic = None

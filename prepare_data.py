@@ -9,7 +9,7 @@
         --seq-len 1024 --out data/wikitext              # any data set on the hub
 
 Reads a data set from the hub or local files: .txt, .jsonl (or .json: one JSON object a line), both
-also as .gz, and .parquet. A folder stands for the files in it, in order of their names. Writes
+also as .gz, and .parquet. A folder stands for all of these in it, in order of their paths. Writes
 
     data/NAME/train.bin, val.bin    uint16, rows of exactly L tokens, nothing between the rows
     data/NAME/meta.json             tokenizer, vocabulary, row counts, settings, sha256 of both
@@ -108,15 +108,15 @@ KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
 def kind(path):
-    """The suffix of a file without .gz: .txt of a.txt.gz."""
-    return Path(path.name.removesuffix(".gz")).suffix
+    """The suffix of a file without .gz, in lower case: .txt of A.TXT.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def load_texts(args):
     """Return the texts of the source's splits, train and if any val, as iterators."""
     paths = []
     for path in map(Path, args.source):
-        paths += [file for file in sorted(path.glob("*")) if kind(file) in KINDS] or [path]
+        paths += [file for file in sorted(path.rglob("*")) if kind(file) in KINDS] or [path]
     if len(paths) == 1 and kind(paths[0]) not in KINDS and not paths[0].exists():
         splits = hub_records(args)
     else:
@@ -140,7 +140,7 @@ def read_file(path, column, documents):
                 for batch in file.iter_batches(1000, columns=columns):
                     yield from batch.to_pylist()
             return
-        opener = gzip.open if path.suffix == ".gz" else open
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: without a byte order mark
             if kind(path) == ".txt":
                 yield from ({column: text} for text in cut_text(file, documents))
@@ -377,7 +377,9 @@ def explain(problem, advice):
 
 
 def say(text):
-    """Print a line at once. If its reader has gone, as with `| head`, go on in silence."""
+    """Print a line at once, from rank 0. If its reader has gone, as with `| head`, go on."""
+    if os.environ.get("RANK", "0") != "0":  # set by torchrun
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -712,14 +712,14 @@ def prepared(folder, words, ok=True):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "txt.gz", "jsonl.gz"])
 def test_formats(tmp_path, kind):
-    """A folder means its files of text in order; names are no patterns, a BOM is no text."""
+    """A folder means all its files of text in order; names are no patterns, a BOM is no text."""
     import pyarrow.parquet
 
     folder = tmp_path / "d[1]"
-    folder.mkdir()
+    (folder / "sub").mkdir(parents=True)
     (folder / "README.md").write_text("no text")
-    for name, text in (("b", "cd"), ("a", "ab")):
-        path = folder / f"{name}.{kind}"
+    for name, text in ((f"sub/b.{kind.upper()}", "cd"), (f"a.{kind}", "ab")):
+        path = folder / name
         if kind == "parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
             continue

@@ -411,10 +411,9 @@ class Log:
         self.say("  ".join([f"step {done:,}/{self.args.steps:,}", *numbers, f"{left} left"]))
 
     def say(self, text):
-        """Print a line, above the progress bar, from rank 0."""
-        if self.rank == 0:
-            with self.bar.external_write_mode():
-                say(text)
+        """Print a line above the progress bar."""
+        with self.bar.external_write_mode():
+            say(text)
 
 
 def start_ranks(args):
@@ -465,7 +464,7 @@ def check_ranks_agree(step, meta):
         raise SystemExit("a rank failed to start or sees other files: each needs the same folders")
 
 
-def read_resumed(args, meta, rank):
+def read_resumed(args, meta):
     """The newest checkpoint of args.out if args.resume and there is one, else None: a new run.
 
     Says which flags have changed since. SystemExit if args.out holds a run that is not to be
@@ -474,7 +473,7 @@ def read_resumed(args, meta, rank):
     if not args.resume and (found or (args.out / "log.jsonl").exists()):
         raise SystemExit(f"{args.out} holds a run: --resume it, delete it, or change --out")
     if not found:
-        if args.resume and rank == 0:
+        if args.resume:
             say(f"{args.out} has no checkpoint: this is a new run")
         return None
     checkpoint = net.read_checkpoint(args.out)
@@ -483,11 +482,10 @@ def read_resumed(args, meta, rank):
     same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
     was = checkpoint["args"] | {"resume": True, "micro_batch": args.micro_batch}
     for key, value in plain(args).items():
-        if rank == 0 and was.get(key) != value:
+        if was.get(key) != value:
             say(f"resuming with {key} {value}; it was {was.get(key)}")
     if checkpoint["step"] >= args.steps:
-        if rank == 0:
-            say(f"{args.out} is already at step {checkpoint['step']:,}; --steps sets a later end")
+        say(f"{args.out} is already at step {checkpoint['step']:,}; --steps sets a later end")
         raise SystemExit(0)  # so that a chain of jobs goes on
     return checkpoint
 
@@ -584,7 +582,7 @@ def main():
     divides = size and size < meta["seq_len"] and meta["seq_len"] % size == 0
     if (args.context == "block" and not divides) or (size and not args.context):
         raise SystemExit(f"give --context and a --block-size that divides {meta['seq_len']}")
-    resumed = read_resumed(args, meta, ranks[0])
+    resumed = read_resumed(args, meta)
     if args.init:  # the averaged weights, to go on with on rows of any length
         model, checkpoint = load_model(resumed or args.init, seq_len=meta["seq_len"])
         same_tokens(args.init, checkpoint["meta"], args.data, meta)
