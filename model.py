@@ -221,14 +221,6 @@ def modulate(h, shift, scale):
     return torch.addcmul(h + shift, h, scale)
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, heads, L, d), pairing feature i with feature i + d/2."""
-    x, dx = forward_ad.unpack_dual(x)
-    a, b = x.chunk(2, -1)
-    y = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-    return y if dx is None else forward_ad.make_dual(y, rotate(dx, cos, sin))
-
-
 class Linear(nn.Linear):
     """A linear layer whose tangent costs one product: torch multiplies the weight's zeros too."""
 
@@ -236,6 +228,14 @@ class Linear(nn.Linear):
         x, dx = forward_ad.unpack_dual(x)
         y = super().forward(x)
         return y if dx is None else forward_ad.make_dual(y, F.linear(dx, self.weight))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (B, heads, L, d), pairing feature i with feature i + d/2."""
+    x, dx = forward_ad.unpack_dual(x)  # as in `Linear`
+    a, b = x.chunk(2, -1)
+    y = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return y if dx is None else forward_ad.make_dual(y, rotate(dx, cos, sin))
 
 
 class Block(nn.Module):
