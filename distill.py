@@ -1,7 +1,6 @@
 """Stage 2: distil a trained diagonal into a flow map that jumps, by self-consistency.
 
     python distill.py --loss esd                    # from the run that train_diagonal.py writes
-    python distill.py --data data/grammar --loss lsd --steps 1000 --warmup 100 --batch-size 128
     python distill.py --loss esd --joint --checkpoint runs/new    # both losses, from scratch
     python distill.py --loss dmd --checkpoint runs/owt-esd    # then match the law of its samples
 
@@ -408,12 +407,11 @@ def distillation_flags(parser):
 def set_defaults(args):
     """Fill in the flags whose defaults depend on --loss, --joint and --guidance."""
     dmd = args.loss == "dmd"
-    signed = args.loss == "lsd" and args.divergence == "kl"  # see `identity_target`
     defaults = dict(
         out=Path("runs") / (f"{args.data.name}-{args.loss}" + ("-joint" if args.joint else "")),
         checkpoint=Path("runs") / f"{args.data.name}-diagonal",
         steps=10_000 if dmd else 1_000_000 if args.joint else 100_000,
-        form="signed" if signed else "logit",
+        form="signed" if args.loss == "lsd" and args.divergence == "kl" else "logit",
         diagonal_share=0.0 if dmd else 0.5,
         diagonal_from="data" if args.guidance == 1 else "stage1",
         boundary=1.0 if dmd else 1 / 32,
@@ -455,6 +453,7 @@ def load_networks(args, meta, resumed):
     flags that shape contexts are taken from there."""
     model, checkpoint = load_model(resumed or args.checkpoint)
     earlier = checkpoint["args"]
+    say(f"from a checkpoint of step {checkpoint.get('step')} of {earlier['steps']}")
     same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
         say(f"{args.checkpoint} was trained on other rows than those of {args.data}")
@@ -462,6 +461,8 @@ def load_networks(args, meta, resumed):
         raise SystemExit(f"{args.checkpoint} is a map: name a stage 1, or add --loss dmd")
     if args.loss == "dmd" and earlier.get("guidance", 1) != 1:
         raise SystemExit(f"{args.checkpoint} was distilled with guidance: --loss dmd would undo it")
+    if args.loss == "dmd" and earlier.get("diagonal_power"):
+        say(f"{args.checkpoint} was trained with --diagonal-power: DMD learns its bias, see README")
     for name in ("context", "block_size", "context_dropout"):
         setattr(args, name, earlier.get(name))
     stage1 = copy.deepcopy(model)

@@ -1,7 +1,6 @@
 """Score samples by the number of network evaluations (NFE), beside texts with known quality.
 
     python evaluate.py --nfe 1 2 4 8 16 128                       # of runs/owt-esd, by GPT-2 Large
-    python evaluate.py --checkpoint runs/demo-diagonal runs/demo-psd --nfe 1 2 4 64
     python evaluate.py --nfe 1 4 --entropy 5.4                    # at equal variety
     python evaluate.py --bound 512 --data data/ptb data/wikitext  # the likelihood bound alone
     python evaluate.py --samples texts.jsonl --data data/owt      # samples made elsewhere

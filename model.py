@@ -701,9 +701,9 @@ def read_checkpoint(path):
             raise ValueError(f"{damaged} in it does not match its checksum")
         return torch.load(found[0], map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, zlib, pickle and torch fail in their own ways
-        older = f"delete it to go on from {found[1]}" if len(found) > 1 else "delete it"
+        older = f" to go on from {found[1]}" if len(found) > 1 else ""
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise SystemExit(f"{found[0]} cannot be read ({reason}): {older}") from None
+        raise SystemExit(f"cannot read {found[0]} ({reason}): if torn, delete it{older}") from None
 
 
 def load_model(source, device="cpu", **changes):

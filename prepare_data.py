@@ -9,7 +9,7 @@
         --seq-len 1024 --out data/wikitext              # any data set on the hub
 
 Reads a data set from the hub or local files: .txt, .jsonl (or .json: one JSON object a line), both
-also as .gz, and .parquet. A folder stands for all of these in it, in order of their paths. Writes
+also as .gz, and .parquet. A folder means all of these in it, by path, but no hidden ones. Writes
 
     data/NAME/train.bin, val.bin    uint16, rows of exactly L tokens, nothing between the rows
     data/NAME/meta.json             tokenizer, vocabulary, row counts, settings, sha256 of both
@@ -116,13 +116,15 @@ def load_texts(args):
     """Return the texts of the source's splits, train and if any val, as iterators."""
     paths = []
     for path in map(Path, args.source):
-        paths += [file for file in sorted(path.rglob("*")) if kind(file) in KINDS] or [path]
+        files = [file for file in sorted(path.rglob("*")) if kind(file) in KINDS]
+        paths += [file for file in files if "/." not in f"/{file.relative_to(path)}"] or [path]
     if len(paths) == 1 and kind(paths[0]) not in KINDS and not paths[0].exists():
         splits = hub_records(args)
     else:
         for path in paths:
             if kind(path) not in KINDS or not path.is_file():
                 raise SystemExit(f"--source {path} is no file or folder of {', '.join(KINDS)}")
+        say(f"files to read: {len(paths):,}")
         files = (read_file(path, args.column, args.documents) for path in paths)
         splits = [itertools.chain.from_iterable(files)]  # one file is open at a time
     return [texts(itertools.islice(split, args.limit), args.column) for split in splits]
@@ -377,12 +379,12 @@ def explain(problem, advice):
 
 
 def say(text):
-    """Print a line at once, from rank 0. If its reader has gone, as with `| head`, go on."""
+    """Print a line at once, from rank 0. If its reader or terminal has gone, go on."""
     if os.environ.get("RANK", "0") != "0":  # set by torchrun
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -420,8 +422,7 @@ def parse_args():
     add("--source", nargs="+", help="a data set on the hub, or files and folders in this order")
     add("--config", metavar="NAME", help="the configuration of a data set on the hub")
     add("--column", default="text", metavar="NAME", help="the column or key that holds the text")
-    units = ["line", "paragraph", "document"]
-    add("--documents", choices=units, help="how to cut .txt files; paragraphs end at blank lines")
+    add("--documents", choices=["line", "paragraph", "document"], help="how to cut .txt files")
     add("--limit", type=positive, metavar="N", help="read at most N documents of each split")
     add("--seed", type=int, default=0, help="seed of the grammar's draws")
 

@@ -1348,6 +1348,20 @@ def test_resume_starts_or_goes_on(work, tmp_path):
     assert same(newest(tmp_path / "run"), before)
 
 
+def test_a_closed_terminal(work, tmp_path):
+    """A dropped connection sends SIGHUP and makes every further line fail: the run is saved."""
+    ours, theirs = os.openpty()
+    script, *flags = shlex.split(f"{STAGES['diagonal']} --data data/grammar --out {tmp_path} {RUN}")
+    command = [sys.executable, HERE / script, *flags, "--steps", "200"]
+    process = subprocess.Popen(command, cwd=work, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    wait_for_step(process, tmp_path, 3)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 143
+    assert 3 <= newest(tmp_path)["step"] < 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_signals_of_clusters(number):
     """They end a run like SIGTERM, except a SIGHUP that nohup has made to be ignored."""
@@ -1386,7 +1400,7 @@ def test_compiling_without_a_compiler(work, tmp_path, monkeypatch):
 
 
 def test_two_machines(work, tmp_path):
-    """Two agents, one rank each, train as one process does; without shared data both say so."""
+    """Two agents, one rank each, train as one process does, if their data and flags agree."""
     flags = "--steps 20 --micro-batch 8"
     train(work, tmp_path / "alone", flags)
 
@@ -1409,6 +1423,7 @@ def test_two_machines(work, tmp_path):
         finish(process)
     pairs = zip(log_lines(tmp_path / "alone"), log_lines(tmp_path / "two"), strict=True)
     assert all(ours == pytest.approx(alone, rel=1e-4, abs=1e-5) for alone, ours in pairs)
-    for process in agents("torn", [work / "data/grammar", tmp_path / "absent"]):
-        output = finish(process, codes=range(1, 256))
-        assert "no data set at" in output or "needs the same folders" in output
+    for other in (tmp_path / "absent", f"{work / 'data/grammar'} --seed 1"):
+        for process in agents(Path(other).name[:6], [work / "data/grammar", other]):
+            output = finish(process, codes=range(1, 256))
+            assert "no data set at" in output or "a rank failed to start" in output

@@ -1,8 +1,7 @@
 """Stage 1: train the instantaneous denoiser psi_tt, the diagonal of the flow map.
 
     torchrun --nproc_per_node=8 train_diagonal.py               # the paper's OpenWebText run
-    python train_diagonal.py --data data/grammar --size tiny --steps 2000 --warmup 100 \\
-        --batch-size 128                                        # minutes on a CPU
+    python train_diagonal.py --data data/grammar --size tiny --batch-size 128 --steps 9000
 
 Reads a folder made by prepare_data.py. Writes runs/DATA-diagonal/: config.jsonl (a line for each
 start: flags, command, versions), log.jsonl and checkpoint-STEP.pt. --resume continues such a run.
@@ -221,7 +220,7 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
         for group in optimizer.param_groups:
             group["betas"] = betas  # loading brings the old ones back
         resumed.clear()  # free its weights: the caller holds the dict as long as the run lasts
-    check_ranks_agree(done, meta)
+    check_ranks_agree(args, done, meta)
     for network in trained:
         network.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -359,10 +358,11 @@ class Log:
         self.lock = claim_folder(args, start) if self.rank == 0 else None
         self.tokens = args.batch_size * seq_len  # a step
         self.bad_steps = 0  # in a row, up to the last line
-        hidden = self.rank > 0 or None  # None: hidden unless on a terminal
-        self.bar = tqdm(initial=start, total=args.steps, disable=hidden, unit="step")
+        self.bar = tqdm(initial=start, total=args.steps, disable=self.rank > 0 or None, unit="step")
         work = f"steps {start + 1:,} to {args.steps:,} of {args.batch_size} x {seq_len:,} tokens"
         self.say(f"{args.out}: {work}, on {world} x {self.device.type}, {args.dtype}")
+        if args.warmup >= args.steps:
+            self.say(f"--warmup {args.warmup:,} is as long as the run or longer: shorten it")
         self.reset()
 
     def reset(self):
@@ -394,7 +394,7 @@ class Log:
         self.bad_steps = 0 if good else self.bad_steps + self.steps
         if self.bad_steps > SKIP_LIMIT:
             found = f"no finite gradient in {self.bad_steps} steps up to {done}"
-            raise SystemExit(f"{found}: --resume with a lower --lr or --clip")
+            raise SystemExit(f"{found}: lower --lr or --clip, --resume from before the loss rose")
         line = {"step": done} | {name: value / good for name, value in sums.items() if good}
         line |= ({"skipped": skipped} if skipped else {}) | extra
         if self.rank > 0:
@@ -453,15 +453,15 @@ def plain(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
-def check_ranks_agree(step, meta):
-    """SystemExit if the ranks differ in step or data, or if one of them has not come this far."""
+def check_ranks_agree(args, step, meta):
+    """SystemExit if the ranks differ in step, data or flags, or if one has not come this far."""
     if not dist.is_initialized():
         return
     found = [None] * dist.get_world_size()
     with contextlib.suppress(RuntimeError):  # the connection to a rank that failed is closed
-        dist.all_gather_object(found, (step, meta["sha256"]))
+        dist.all_gather_object(found, (step, meta["sha256"], plain(args)))
     if any(other != found[0] for other in found) or not found[0]:
-        raise SystemExit("a rank failed to start or sees other files: each needs the same folders")
+        raise SystemExit("a rank failed to start, or its files or flags differ from the others'")
 
 
 def read_resumed(args, meta):
@@ -536,7 +536,6 @@ def training_flags(parser, steps, steps_help="optimizer steps"):
     add("--val-every", type=positive, default=5000, help="steps between validations")
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="checkpoints to keep, the newest ones")
-    add = parser.add_argument_group("speed and memory").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda alone")
     add("--activation-checkpointing", action="store_true", help="recompute blocks to save memory")
 
