@@ -5,11 +5,10 @@
     python evaluate.py --bound 512 --data data/ptb data/wikitext  # the likelihood bound alone
     python evaluate.py --samples texts.jsonl --data data/owt      # samples made elsewhere
 
-Reads checkpoints of either stage, and files of samples. First come controls from the data set:
-validation rows, the same with their words shuffled, and draws from the unigram of the training
-rows. The main score is, on the grammar, the share of grammatical sentences and, on text, generative
-perplexity by `judge_scores`, which needs `transformers`. Intervals are 95%, by bootstrap over
-samples. Each row is printed and written as JSON at once.
+Reads checkpoints of either stage, and files of samples. Controls come first: validation rows, their
+words shuffled, unigram draws. The score is the share of grammatical sentences or, on text,
+generative perplexity by `judge_scores` (it needs `transformers`). Intervals are 95%, by bootstrap.
+Each row is printed and written as JSON at once; an earlier file is kept as NAME.json.old.
 """
 
 import bisect
@@ -413,6 +412,8 @@ def main():
     found = dict(args=vars(args), commit=commit(), results=[], bound=[], torch=torch.__version__)
     found["data"] = {str(folder.resolve()): meta["sha256"] for folder, (meta, *_) in sets.items()}
     found["checkpoints"] = [{"path": str(p), "step": facts["step"]} for p, facts in saved.items()]
+    if args.output.exists():
+        args.output.replace(f"{args.output}.old")
     for name, row in evaluation(args, sets):
         found[name].append(row)
         say(", ".join(f"{key} {cell(value)}" for key, value in row.items() if value is not None))

@@ -224,14 +224,13 @@ def main():
     if args.output:
         check_output("--output", args.output, ".jsonl")
     model, facts, euler = load_sampler(args.checkpoint, args.device)
-    meta = facts["meta"]
     how = dict(euler=euler, gamma=args.gamma, temperature=args.temperature, dtype=args.dtype)
     how["block_size"] = facts["args"].get("block_size")
     if args.prompt is not None:
-        how |= prompt_options(args, meta, facts["args"])
+        how |= prompt_options(args, facts["meta"], facts["args"])
     for nfe in args.nfe:
         rows = draw_samples(model, nfe, args.num_samples, args.batch_size, args.seed, **how)
-        texts = [decode(meta, row) for row in rows]
+        texts = [decode(facts["meta"], row) for row in rows]
         if args.output:
             stem = args.output.stem + (f"-{nfe}" if len(args.nfe) > 1 else "")
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]

@@ -717,8 +717,13 @@ def test_formats(tmp_path, kind):
 
     folder = tmp_path / "d[1]"
     (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
     (folder / "README.md").write_text("no text")
-    for name, text in ((f"sub/b.{kind.upper()}", "cd"), (f"a.{kind}", "ab")):
+    for name, text in (
+        (f".hidden/c.{kind}", "ef"),
+        (f"sub/b.{kind.upper()}", "cd"),
+        (f"a.{kind}", "ab"),
+    ):
         path = folder / name
         if kind == "parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
@@ -1084,7 +1089,7 @@ def test_evaluate_text(letters, judge):
 
 
 def test_a_killed_evaluation_keeps_its_rows(work, tmp_path, monkeypatch):
-    """Each row is printed, and written as JSON, as soon as it is scored."""
+    """Each row is printed, and written as JSON, as soon as it is scored; then that is kept too."""
     draw = evaluate.draw_samples
 
     def killed(model, nfe, *inputs, **how):
@@ -1099,6 +1104,8 @@ def test_a_killed_evaluation_keeps_its_rows(work, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "e.json").read_text())["results"]
     assert [row["nfe"] for row in results] == [None, None, None, 1]
     assert all(f"entropy {row['entropy']:.3f}" in done.stdout for row in results)
+    run(work, f"evaluate.py {flags} --nfe 2")
+    assert json.loads((tmp_path / "e.json.old").read_text())["results"] == results
 
 
 def test_bound_by_data_set(letters):
