@@ -465,12 +465,11 @@ def load_networks(args, meta, resumed):
         say(f"{args.checkpoint} was trained with --diagonal-power: DMD learns its bias, see README")
     for name in ("context", "block_size", "context_dropout"):
         setattr(args, name, earlier.get(name))
-    stage1 = copy.deepcopy(model)
+    stage1 = copy.deepcopy(model, {id(model.embedding): model.embedding})  # shared, as it is frozen
     if "stage1" in checkpoint:
         stage1.load_state_dict(checkpoint["stage1"])
     model.train().requires_grad_(True)
-    if not args.joint:
-        model.embedding.requires_grad_(False)  # all networks must see the same y = x W
+    model.embedding.requires_grad_(args.joint)  # else all networks must see the same y = x W
     return model, stage1
 
 

@@ -201,7 +201,8 @@ def train(args, ranks, model, objective, meta, resumed=None, stage1=None, critic
     rank, world, device = ranks
     data = {split: read_rows(args.data, split, meta) for split in ("train", "val")}
     model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)  # the moving average
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # shared, not copied
+    ema = copy.deepcopy(model, frozen).requires_grad_(False)  # the moving average
     saved = {"model": model, "ema": ema}
     trained = {model: args.lr}
     if critic:
