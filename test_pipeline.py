@@ -1430,7 +1430,9 @@ def test_two_machines(work, tmp_path):
         finish(process)
     pairs = zip(log_lines(tmp_path / "alone"), log_lines(tmp_path / "two"), strict=True)
     assert all(ours == pytest.approx(alone, rel=1e-4, abs=1e-5) for alone, ours in pairs)
-    for other in (tmp_path / "absent", f"{work / 'data/grammar'} --seed 1"):
-        for process in agents(Path(other).name[:6], [work / "data/grammar", other]):
-            output = finish(process, codes=range(1, 256))
-            assert "no data set at" in output or "a rank failed to start" in output
+    outputs = [finish(p, range(1, 256)) for p in agents("none", [work / "data/grammar", "absent"])]
+    assert "a rank failed to start" in outputs[0]
+    assert "no data set at absent" in outputs[1]
+    other = f"{work / 'data/grammar'} --seed 1"
+    for process in agents("seeds", [work / "data/grammar", other]):
+        assert "flags differ" in finish(process, range(1, 256))
