@@ -177,6 +177,7 @@ class ModelConfig:
     schedule: str = "argmax"
     schedule_blend: float = 0.9
     position_lag: float = 0.0
+    input_scale: float = 1.0  # of y, as it enters the residual stream
 
 
 class TimeEmbedding(nn.Module):
@@ -336,7 +337,7 @@ class DiT(nn.Module):
         None; and cos and sin of the positions of y. Times: (B, 1 or L), 0 <= s <= t <= 1."""
         L = y.shape[1]
         keys, rotary = context or ([None] * len(self.blocks), (self.cos[:L], self.sin[:L]))
-        h = y
+        h = self.config.input_scale * y
         time = self.embed_times(s, t)
         for block, past in zip(self.blocks, keys, strict=True):
             h, _ = self.call(block.forward, h, time, rotary, past)
@@ -372,7 +373,7 @@ class DiT(nn.Module):
         before these, which the new one extends."""
         start = past[0][0].shape[2] if past else 0
         positions = slice(start, start + tokens.shape[1])
-        h = F.embedding(tokens, self.embedding)
+        h = self.config.input_scale * F.embedding(tokens, self.embedding)
         one = torch.ones(len(h), 1, dtype=h.dtype, device=h.device)
         time = self.embed_times(one, one)
         rotary = self.cos[positions], self.sin[positions]

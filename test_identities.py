@@ -824,13 +824,28 @@ def test_the_start(monkeypatch):
     psi = net.softmax(model(y, t, t) @ model.head.T)
     assert torch.allclose(psi, p.expand_as(psi), rtol=1e-4)
     model.final_modulation.bias.data[D:] = 0.5
-    assert torch.allclose(model(y, t, t), 1.5 * net.norm(y) + 1, atol=1e-5)
+    assert torch.allclose(model(y, t, t), 1.5 * net.norm(0.1 * y) + 1, atol=1e-5)
     W = model.embedding.detach()
     assert torch.allclose(W.T @ W, torch.eye(D), atol=1e-5)
     assert (p * W.square().sum(1)).sum() > 0.7 > 2 * D / V
+    assert model.config.input_scale == 0.1
     model = train_diagonal.new_model(args, {"vocab_size": 100, "seq_len": L})
     assert torch.allclose(model.embedding @ model.embedding.T, torch.eye(100), atol=1e-5)
     assert not model.head.any()
+    assert model.config.input_scale == 1.0
+
+
+def test_input_scale():
+    """Where V > D y enters the residual stream at a tenth, clean tokens of a context too."""
+    damped, plain = small_model(input_scale=0.1), small_model()
+    y, t = normals(2, 5, 16), torch.tensor([[0.1], [0.9]]).double()
+    tokens = torch.tensor([[0, 3, 1], [2, 2, 4]])
+    assert torch.equal(damped(y, t, t), plain(0.1 * y, t, t))
+    assert not torch.allclose(damped(y, t, t), plain(y, t, t), atol=1e-3)
+    found = damped.encode(tokens)
+    plain.embedding.data *= 0.1
+    for pair, expected in zip(found, plain.encode(tokens), strict=True):
+        assert all(map(torch.allclose, pair, expected))
 
 
 def saved():
