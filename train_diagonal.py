@@ -563,7 +563,7 @@ def new_model(args, meta):
     path |= dict(schedule_blend=args.schedule_blend, position_lag=args.position_lag)
     path |= dict(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"])
     shape = net.SIZES[args.size]
-    # A token's own y suffices to see some tokens; damped, it leaves more to the context.
+    # If V > D a token's own y shows it only in part. Damped, it leaves more to the context.
     path |= dict(input_scale=0.1 if meta["vocab_size"] > shape["width"] else 1.0)
     model = DiT(net.ModelConfig(**shape, **path))
     rows = read_rows(args.data, "train", meta)
