@@ -18,7 +18,7 @@ from sample import generate, load_sampler
 
 # Five degrees of certainty: a colour of the terminal's 256, and the same one for the GIF.
 SHADES = [(241, "#626262"), (61, "#5f5faf"), (68, "#5f87d7"), (80, "#5fd7d7"), (195, "#d7ffff")]
-COLUMNS, LINES = 60, 1  # how much of a sequence the GIF shows, in characters and lines
+COLUMNS = 60  # characters in a line of the GIF
 
 parser = argparse.ArgumentParser(description="Watch sequences crystallise out of noise.")
 add = parser.add_argument
@@ -67,7 +67,8 @@ if args.output:
     import matplotlib.pyplot as plt
     from matplotlib.animation import PillowWriter
 
-    height = 2.5 + (LINES + 0.5) * args.rows  # in lines of text
+    lines = -(-model.config.seq_len * 5 // COLUMNS)  # of a sequence; the rest is not shown
+    height = 2.5 + (lines + 0.5) * args.rows  # in lines of text
     figure = plt.figure(figsize=(8, 0.3 * height), dpi=100, facecolor="#121212")
     font = {"family": "monospace", "size": 900 / COLUMNS, "parse_math": False}
     writer = PillowWriter(fps=8)
@@ -80,9 +81,9 @@ if args.output:
                 for text, (_, colour) in sequence:
                     if column + len(text) > COLUMNS:
                         column, line = 0, line + 1
-                    if line < LINES:
+                    if line < lines:
                         x = 0.015 + 0.95 * column / COLUMNS
-                        y = 1 - (3 + i * (LINES + 0.5) + line) / height
+                        y = 1 - (3 + i * (lines + 0.5) + line) / height
                         figure.text(x, y, text, color=colour, **font)
                     column += len(text)
             writer.grab_frame()
