@@ -314,6 +314,7 @@ class DiT(nn.Module):
         V, D = self.embedding.shape
         if V <= D:  # all are plain to see, and a head of zeros is as good or better
             return
+        self.config.input_scale = 0.1  # a token's own y shows it in part: leave more to the context
         p = torch.as_tensor(counts + 1.0) / (counts + 1.0).sum()
         rows = p.sqrt()[:, None] * torch.randn(V, D, dtype=p.dtype)
         self.embedding.copy_(torch.linalg.qr(rows)[0])

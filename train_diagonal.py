@@ -562,10 +562,7 @@ def new_model(args, meta):
     path = dict(interpolant=args.interpolant, schedule=args.schedule)
     path |= dict(schedule_blend=args.schedule_blend, position_lag=args.position_lag)
     path |= dict(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"])
-    shape = net.SIZES[args.size]
-    # If V > D a token's own y shows it only in part. Damped, it leaves more to the context.
-    path |= dict(input_scale=0.1 if meta["vocab_size"] > shape["width"] else 1.0)
-    model = DiT(net.ModelConfig(**shape, **path))
+    model = DiT(net.ModelConfig(**net.SIZES[args.size], **path))
     rows = read_rows(args.data, "train", meta)
     some = rows[:: len(rows) // 50_000 + 1].ravel()
     model.start_from(np.bincount(some, minlength=meta["vocab_size"]))
