@@ -93,7 +93,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 def start(cwd, words, launcher=()):
     """Start a command line in a process of its own; its output goes to the file `output`."""
     script, *flags = shlex.split(words)
-    # Otherwise a restart of torchrun meets the store of the ranks that died (see the README).
+    # Otherwise a restart of torchrun meets the store of ranks that died (see examples/slurm.sh).
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(cwd / "output", "w") as file:
         how = {"cwd": cwd, "stdout": file, "stderr": subprocess.STDOUT, "env": environment}
@@ -1353,6 +1353,12 @@ def test_resume_starts_or_goes_on(work, tmp_path):
     before = newest(tmp_path / "run")
     assert "already at step 2" in train(work, tmp_path / "run", "--steps 2 --resume").stdout
     assert same(newest(tmp_path / "run"), before)
+    del before["model_config"]["input_scale"]  # as of a run from before there was one
+    torch.save(before, tmp_path / "run/checkpoint-2.pt")
+    other = train(work, tmp_path / "run", "--steps 3 --resume --schedule linear", ok=False)
+    assert "has another network than these flags" in other.stderr
+    train(work, tmp_path / "run", "--steps 3 --resume")
+    assert newest(tmp_path / "run")["step"] == 3
 
 
 def test_a_closed_terminal(work, tmp_path):

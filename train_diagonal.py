@@ -590,7 +590,7 @@ def main():
         model.train().requires_grad_(True)
     else:
         model = new_model(args, meta)
-    if resumed and resumed["model_config"] != asdict(model.config):
+    if resumed and net.ModelConfig(**resumed["model_config"]) != model.config:
         raise SystemExit(f"{args.out} has another network than these flags: resume it with its own")
     loss = functools.partial(diagonal_loss, power=args.diagonal_power)
 
