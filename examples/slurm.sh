@@ -1,5 +1,6 @@
 #!/bin/bash
-# Stage 1 on two machines of eight GPUs; submit it until the run is finished: sbatch examples/slurm.sh
+# Stage 1 on two machines of eight GPUs. From the root of the repository, until it is finished:
+#     sbatch examples/slurm.sh
 # TERM arrives two minutes before the time is up: the run saves itself, and --resume goes on.
 # Not tried under Slurm. Tested are two agents on one machine and restarts by torchrun.
 #SBATCH --job-name=dfm --dependency=singleton --nodes=2 --gpus-per-node=8 --ntasks-per-node=1
