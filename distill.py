@@ -219,7 +219,7 @@ def consistency_loss(model, teacher, tokens, draw, args, loss, to_data=False):
     """KL(sg[teacher] || psi_st(x_s)) (27, 31, 35), or as args ask; `loss` is a key of TEACHERS.
 
     It is weighted by (45) with c = 1e-6, and a learned w of the times makes it exp(-w) loss + w.
-    to_data: all jumps end at data, without w, which is fitted to the losses of other rows."""
+    to_data: all jumps end at data; w is off, since it is fitted to the losses of other rows."""
     B, L = tokens.shape
     jump = Jump.between(model, *draw_progress(draw, args.boundary, to_data))
     jump = Jump(*(v.float().to(tokens.device, non_blocking=True) for v in jump))

@@ -41,9 +41,9 @@ def judge_scores(texts, judge, tokenizer, max_length, batch_size=8):
     the first token, as no BOS is added. Text in BERT's tokens is joined as transformers 4 does.
 
     We depart from the code of MDLM, Duo and FLM: every text counts (they drop the last batch if it
-    is not full), and padding never does (they score one pad token of a text without EOS that is
-    padded in its batch). Trailing [PAD] is stripped. BOS and EOS are [CLS] and [SEP], where FLM's
-    code has [CLS] for both; with ours real rows of LM1B have an entropy of 4.34, the paper's."""
+    is not full), and padding never does (they score one pad token of each padded text without EOS).
+    Trailing [PAD] is stripped. BOS and EOS are [CLS] and [SEP], where FLM's code has [CLS] for
+    both; with ours real rows of LM1B have an entropy of 4.34, the paper's."""
     eos = tokenizer.eos_token_id
     ids = judge_ids(texts, tokenizer, max_length)
     by_length = np.argsort([len(row) for row in ids], kind="stable")
@@ -155,7 +155,7 @@ def grammar_scores(rows, train_rows):
 
 
 def bootstrap(name, top, bottom, of=np.asarray):
-    """{name: of(sum(top) / sum(bottom)), ..."_interval": 95%} of two numbers (N,) for each sample.
+    """{name: of(sum(top) / sum(bottom)), name_interval: its 95%} of two numbers (N,) per sample.
 
     Values that are not finite are None, and so is an interval if any resample has such a value."""
     N = len(top)

@@ -114,7 +114,7 @@ INTERPOLANTS = {
 # identities contain it only if positions have times of their own (distill.Jump).
 
 # The last progress visited: at t = 1 the Eulerian teacher is 0/0 and the drift infinite. Under the
-# argmax schedule, argmax x_t is then the clean token with probability 0.9999 or more.
+# argmax schedule without lag argmax x_t is then clean with probability 0.9999 or more.
 MAX_PROGRESS = 0.9999
 
 
@@ -402,7 +402,7 @@ class DiT(nn.Module):
         if self.noise_size == len(W):
             return W
         with torch.autocast(W.device.type, enabled=False):
-            half = W.T @ W.detach()  # Cholesky's gradient is symmetric: twice one side is both
+            half = W.T @ W.detach()  # symmetric: differentiate one factor, double it
             gram = 2 * half - half.detach()
             jitter = 1e-6 * gram.diagonal().mean().detach()  # moves R by a few float32 roundings
             # Unlike cholesky, cholesky_ex does not wait for the GPU to see whether it has failed.
@@ -520,7 +520,7 @@ def probabilities(z):
 def rows_at_once(V, device):
     """Rows of V logits in a chunk, a power of two: 2^23 logits on a CPU, 2^27 elsewhere (0.5 GB).
 
-    So many that adding a (V, D) gradient once a chunk costs little. A constant, so runs repeat."""
+    Large enough that adding a (V, D) gradient per chunk is cheap; constant, so that runs repeat."""
     logits = 2 ** (23 if device.type == "cpu" else 27)
     return 2 ** max(0, round(math.log2(logits / V)))
 
@@ -729,7 +729,7 @@ def commit():
 
 
 def parse(parser):
-    """Add the flags --device and --dtype, parse, and fill in both; SystemExit if it is absent."""
+    """Parse, with --device and --dtype, and fill in both; SystemExit if the device is absent."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=["cuda", "cpu", "mps"], help="default: cuda if available, else cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")

@@ -32,7 +32,7 @@ def generate(model, xi, nfe, euler=False, gamma=0.0, guidance=1.0, normal=None, 
     euler: psi_ss for psi_st, as a diagonal can do; on the linear path Euler's method on (52).
     gamma: in [0, 1], renoises between jumps; 1 jumps to data each time (multistep consistency).
     guidance: see `branches`. normal(): returns fresh normals like xi, for gamma.
-    after_jump(y, t, hidden): returns the states to go on with at t, after each but the last."""
+    after_jump(y, t, hidden): called after each jump but the last; returns the next states."""
     y = model.embed_noise(xi)
     tau = torch.linspace(0, 1, nfe + 1, dtype=torch.float64)[:, None]  # uniform in progress
     grid = model.times(tau)

@@ -186,7 +186,7 @@ def remove_conflict(first, second):
 
 # ---- The loop. ---------------------------------------------------------------------------------
 
-SKIP_LIMIT = 10  # a run ends when log lines of more steps had no finite gradient
+SKIP_LIMIT = 10  # a run ends if whole log lines, of more steps than this, had no finite gradient
 VAL_SEED = 1 << 40  # the seed of validation's noise, which no run trains with
 VAL_BATCHES = 2  # global batches a validation
 
@@ -388,7 +388,7 @@ class Log:
         return {"seconds_per_step": seconds, "tokens_per_second": self.tokens / seconds} | peak
 
     def write(self, done, extra):
-        """Write a line, from rank 0. SystemExit if more than SKIP_LIMIT steps in a row were bad."""
+        """Write a line, from rank 0. SystemExit if SKIP_LIMIT says that the run is lost."""
         sums = means(self.sums, 1)
         skipped = sums.pop("skipped")
         good = self.steps - skipped
@@ -576,7 +576,7 @@ def main():
     args = parse(parser)
     args.out = args.out or Path("runs") / f"{args.data.name}-diagonal"
     args.surgery = False
-    ranks = start_ranks(args)  # first: a rank that fails after this fails all, with a reason
+    ranks = start_ranks(args)  # first: if a rank fails after this, all stop with a reason
     meta = read_meta(args.data)
     size = args.block_size
     divides = size and size < meta["seq_len"] and meta["seq_len"] % size == 0
