@@ -457,8 +457,9 @@ def load_networks(args, meta, resumed):
     same_tokens(args.checkpoint, checkpoint["meta"], args.data, meta, "seq_len")
     if checkpoint["meta"]["sha256"] != meta["sha256"]:
         say(f"{args.checkpoint} was trained on other rows than those of {args.data}")
-    if "loss" in earlier and not resumed and args.loss != "dmd":
-        raise SystemExit(f"{args.checkpoint} is a map: name a stage 1, or add --loss dmd")
+    has_stage1 = "stage1" in checkpoint or earlier.get("joint")  # what DMD trusts
+    if "loss" in earlier and not resumed and (args.loss != "dmd" or not has_stage1):
+        raise SystemExit(f"{args.checkpoint} is a map: name a stage 1, or for dmd a map with one")
     if args.loss == "dmd" and earlier.get("guidance", 1) != 1:
         raise SystemExit(f"{args.checkpoint} was distilled with guidance: --loss dmd would undo it")
     if args.loss == "dmd" and earlier.get("diagonal_power"):

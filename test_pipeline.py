@@ -1185,6 +1185,7 @@ MISTAKES = [  # the command line, and what its refusal names
     ("train_diagonal.py --data changed --out trained --resume", "sha256"),
     ("distill.py --data grammar --loss psd", "runs/grammar-diagonal"),
     ("distill.py --data grammar --loss esd --checkpoint guided", "map"),
+    ("distill.py --data grammar --loss dmd --checkpoint published.pt", "a map with one"),
     ("distill.py --data grammar --loss esd --out trained --resume", "another kind"),
     ("distill.py --data words --loss psd --checkpoint trained", "vocab"),
     ("distill.py --data grammar --loss psd --checkpoint trained --guidance 2", "--guidance"),
@@ -1224,6 +1225,8 @@ def mistaken(conditional, tmp_path_factory):
     reduced = (os.mkdir, (str(folder / "pwned"),))  # what unpickling would call
     evil = type("Evil", (), {"__reduce__": lambda self: reduced})()
     torch.save(newest(folder / "trained") | {"evil": evil}, folder / "evil/checkpoint-9.pt")
+    published = {k: v for k, v in newest(folder / "guided").items() if k != "stage1"}
+    torch.save(published, folder / "published.pt")
     (folder / "blank.txt").write_text("\n\n")
     (folder / "latin.txt").write_bytes("café\n".encode("latin-1"))
     (folder / "short.txt").write_text("a b\n")
