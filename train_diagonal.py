@@ -478,8 +478,8 @@ def read_resumed(args, meta):
             say(f"{args.out} has no checkpoint: this is a new run")
         return None
     checkpoint = net.read_checkpoint(args.out)
-    if checkpoint["args"].get("loss") != vars(args).get("loss"):
-        raise SystemExit(f"{args.out} holds a run of another kind: change --out")
+    if any(checkpoint["args"].get(k) != vars(args).get(k) for k in ("loss", "joint")):
+        raise SystemExit(f"{args.out} holds a run of another kind (--loss, --joint): change --out")
     same_tokens(args.out, checkpoint["meta"], args.data, meta, "seq_len", "sha256")
     was = checkpoint["args"] | {"resume": True, "micro_batch": args.micro_batch}
     for key, value in plain(args).items():
