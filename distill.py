@@ -449,8 +449,7 @@ def refuse_contradictions(args):
 def load_networks(args, meta, resumed):
     """(student, frozen stage 1): from the dict `resumed` or, in a new run, from args.checkpoint.
 
-    The student is a copy of stage 1 or, for dmd and to resume, a map that carries its stage 1. The
-    flags that shape contexts are taken from there."""
+    The student is a copy of stage 1 or, for dmd and to resume, a map; it sets the context flags."""
     model, checkpoint = load_model(resumed or args.checkpoint)
     earlier = checkpoint["args"]
     say(f"from a checkpoint of step {checkpoint.get('step')} of {earlier['steps']}")
