@@ -257,7 +257,9 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
         d = psi_critic(x) - psi_real(x)
 
     with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(x)), for the
-    student's own law. d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
+    student's own law. args.teacher_temperature, T, makes psi_real stage 1's psi^(1/T): T < 1 departs
+    from the KL, to take back what stage 1's own samples have too much of variety.
+    d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
     Where V > D networks see x as x W: the exact gradient is d projected on W's span; we use d."""
     B, L = tokens.shape
     start, edge, level = draw.uniform(3)[:, :, None].unbind(1)
@@ -269,7 +271,7 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
     with torch.no_grad():
         sample = model.soft_embedding(h)
         renoised = model.interpolate(draw.normal(L, model.noise_size), sample, tau)
-        h_real = stage1(renoised, tau, tau).flatten(0, 1)
+        h_real = stage1(renoised, tau, tau).flatten(0, 1) / args.teacher_temperature
     h_critic = critic(renoised, tau, tau).flatten(0, 1)
     h = h.flatten(0, 1)
     size = denoising_distance(model, h, stage1, h_real).view(B, L).mean(-1, keepdim=True)
@@ -391,6 +393,7 @@ def distillation_flags(parser):
     add("--loss", choices=[*TEACHERS, "dmd"], required=True, help="an identity, or dmd")
     add("--checkpoint", type=Path, help="stage 1; dmd also a map (default: runs/DATA-diagonal)")
     add("--critic-lr", type=float, default=1e-3, help="of dmd: learning rate of the critic")
+    add("--teacher-temperature", type=float, default=1.0, help="of dmd: T of stage 1's psi^(1/T)")
     add("--joint", action="store_true", help="no stage 1: the student teaches itself everything")
     add("--form", choices=["logit", "signed"], help="target (default: lsd signed, else logit)")
     add("--divergence", choices=list(DIVERGENCES), default="kl", help="between teacher and psi_st")

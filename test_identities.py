@@ -534,13 +534,15 @@ def test_consistency(loss):
     assert not torch.equal(w, model.log_scale(jump.s, jump.t + 0.1))
 
 
-def test_matching():
-    """<sg[d], p> over the row's size, d = psi_critic - psi_real, and KL(sg[p] || psi_critic)."""
+@pytest.mark.parametrize("T", [1.0, 0.8])
+def test_matching(T):
+    """<sg[d], p> / size, d = psi_critic - psi_real^(1/T), and KL(sg[p] || psi_critic)."""
     model, tokens, draw = small_case()
     stage1, critic = copy.deepcopy(model), copy.deepcopy(model)
     stage1.head.data.mul_(1.3)
     critic.head.data.mul_(-0.7)
-    losses, report = distill.matching_loss(model, critic, stage1, tokens, draw(), flags("dmd"))
+    args = flags("dmd", teacher_temperature=T)
+    losses, report = distill.matching_loss(model, critic, stage1, tokens, draw(), args)
     noise = draw()
     start, edge, tau = noise.uniform(3)[:, :, None].unbind(1)
     assert 0 < (edge < 1 / 8).sum() < 16
@@ -551,7 +553,8 @@ def test_matching():
     clean = p.detach() @ model.embedding
     xi = noise.normal(5, V) @ model.embedding
     y_tau = ((1 - tau)[..., None] * xi + tau[..., None] * clean).detach()
-    real, fake = ((n(y_tau, tau, tau) @ n.head.T).softmax(-1) for n in (stage1, critic))
+    real = (stage1(y_tau, tau, tau) @ stage1.head.T / T).softmax(-1)
+    fake = (critic(y_tau, tau, tau) @ critic.head.T).softmax(-1)
     size = (p - real).abs().sum(-1).mean(1).clamp(min=0.01)
     plain = ((fake - real) / size[:, None, None] * p).sum(-1).mean()
     ours = grads_of(losses["matching"], model, critic, stage1)

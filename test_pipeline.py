@@ -1295,6 +1295,7 @@ def test_headline_commands(tmp_path, monkeypatch):
         own = dict(surgery=loss == "psd", form="signed" if loss == "lsd" else "logit")
         check(f"distill.py --loss {loss}", **both, **own, out=Path(f"runs/owt-{loss}"))
     own = dict(steps=10_000, boundary=1, diagonal_share=0, critic_lr=1e-3, surgery=False)
+    own |= dict(teacher_temperature=1)
     check("distill.py --loss dmd", **own, out=Path("runs/owt-dmd"))
     how = dict(num_samples=1024, gamma=[0], temperature=[0], judge="gpt2-large", nfe=[1, 2])
     check("evaluate.py --nfe 1 2", checkpoint=[Path("runs/owt-esd")], **how)
