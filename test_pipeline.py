@@ -1370,6 +1370,7 @@ def test_a_closed_terminal(work, tmp_path):
     ours, theirs = os.openpty()
     script, *flags = shlex.split(f"{STAGES['diagonal']} --data data/grammar --out {tmp_path} {RUN}")
     command = [sys.executable, HERE / script, *flags, "--steps", "200"]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else ignored if the tests run under nohup
     process = subprocess.Popen(command, cwd=work, stdout=theirs, stderr=theirs)
     os.close(theirs)
     wait_for_step(process, tmp_path, 3)
