@@ -257,8 +257,8 @@ def matching_loss(model, critic, stage1, tokens, draw, args):
         d = psi_critic(x) - psi_real(x)
 
     with stage 1 for psi_real, and the critic, trained by KL(sg[p] || psi_critic(x)), for the
-    student's own law. With T = args.teacher_temperature below 1, psi_real is stage 1's psi^(1/T):
-    no longer that KL, but it takes back what stage 1's own samples have too much of variety.
+    student's own law. With T = args.teacher_temperature below 1, psi_real is stage 1's psi^(1/T),
+    made to sum to 1: no longer that KL, but samples less varied than stage 1's own.
     d is divided by the mean over the row of |p - psi_real|_1, at least 0.01.
     Where V > D networks see x as x W: the exact gradient is d projected on W's span; we use d."""
     B, L = tokens.shape
